@@ -1,0 +1,1 @@
+"""nanochat: train and study small GPTs end to end on custom Triton kernels."""

@@ -1,0 +1,177 @@
+"""Start of every entry point: device, ranks, seed, compute dtype, base directory."""
+
+import gc
+import os
+import random
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def get_base_dir() -> Path:
+    """The folder of all runs, data and tokenizers: $NANOCHAT_BASE_DIR or ~/.cache/nanochat.
+
+    Raises  ValueError if it cannot be created or written.
+    """
+    configured = os.environ.get("NANOCHAT_BASE_DIR")
+    base_dir = Path(configured).expanduser() if configured else Path.home() / ".cache" / "nanochat"
+    base_dir = base_dir.absolute()
+    try:
+        base_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cannot create the base directory {base_dir} ({error.strerror}); "
+            "set NANOCHAT_BASE_DIR to a folder you may write"
+        ) from error
+    if not os.access(base_dir, os.W_OK):
+        raise ValueError(
+            f"no permission to write the base directory {base_dir}; "
+            "set NANOCHAT_BASE_DIR to a folder you may write"
+        )
+    return base_dir
+
+
+def print0(*values: object) -> None:
+    """print, on rank 0 only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(*values, flush=True)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process runs: one frozen value, passed to whoever needs it."""
+
+    device: torch.device
+    dtype: torch.dtype  # of activations and matrix products; parameters are float32
+    rank: int
+    local_rank: int
+    world_size: int
+    seed: int
+    base_dir: Path
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints and writes records."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM):
+        """Reduce `tensor` over the ranks in place and return it (MAX, SUM, ...)."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=op)
+        return tensor
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def setup_training(device: str = "auto", seed: int = 42) -> Runtime:
+    """Choose device and dtype, seed every generator, join the ranks torchrun started.
+
+    device  "auto" (CUDA, then MPS, then CPU), "cuda", "mps" or "cpu".
+    dtype   bfloat16 on CUDA, float32 elsewhere; $NANOCHAT_DTYPE overrides it.
+    Raises  ValueError for an unknown or absent device or dtype.
+    """
+    chosen = _choose_device(device)
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+    )
+    if chosen.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} found; "
+                f"start torchrun with --nproc_per_node={torch.cuda.device_count()}"
+            )
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")
+    if world_size > 1 and not dist.is_initialized():
+        if chosen.type == "cuda":
+            dist.init_process_group("nccl", device_id=chosen)
+        else:
+            dist.init_process_group("gloo")
+    random.seed(seed)
+    torch.manual_seed(seed)
+    return Runtime(
+        device=chosen,
+        dtype=_choose_dtype(chosen),
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+        seed=seed,
+        base_dir=get_base_dir(),
+    )
+
+
+def freeze_garbage() -> None:
+    """Stop scanning long-lived objects: cycles found mid-training cost pauses, not memory."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+def _choose_device(device: str) -> torch.device:
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        device = next(name for name, there in available.items() if there)
+    if device not in available:
+        raise ValueError(f"device {device!r} is unknown; choose auto, {', '.join(available)}")
+    if not available[device]:
+        raise ValueError(
+            f"device {device!r} was asked for but torch {torch.__version__} finds none; "
+            "use --device=cpu, or check the driver with nvidia-smi"
+        )
+    return torch.device(device)
+
+
+def _choose_dtype(device: torch.device) -> torch.dtype:
+    name = os.environ.get("NANOCHAT_DTYPE") or ("bfloat16" if device.type == "cuda" else "float32")
+    if name not in DTYPES:
+        raise ValueError(f"NANOCHAT_DTYPE={name!r} is unknown; choose {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+class StopRequest:
+    """Remembers SIGINT and SIGTERM so that the loop can save and leave between two steps.
+
+    A second SIGINT interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+
+    def agreed(self, runtime: Runtime) -> bool:
+        """True on every rank as soon as any rank was asked to stop."""
+        if runtime.world_size == 1:
+            return bool(self.signal_name)
+        flag = torch.tensor(float(bool(self.signal_name)), device=runtime.device)
+        return bool(runtime.all_reduce(flag, dist.ReduceOp.MAX).item())

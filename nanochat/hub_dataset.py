@@ -1,0 +1,87 @@
+"""Shards of pretraining text on the Hugging Face Hub: resumed, checked, several at a time."""
+
+import hashlib
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import pyarrow.parquet as pq
+from rich.progress import Progress
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A folder of shards on the Hugging Face Hub."""
+
+    repository: str
+    folder: str
+    num_shards: int
+
+
+HUB = {
+    "fineweb-edu": HubDataset("karpathy/fineweb-edu-100b-shuffle", "base_data", 1823),
+    "climbmix": HubDataset("karpathy/climbmix-400b-shuffle", "base_data_climbmix", 6543),
+}
+
+
+def download_shard(
+    dataset: HubDataset, index: int, folder: Path, endpoint: str | None = None
+) -> Path:
+    """Fetch one shard (resuming a broken download) and check it against the hub's SHA-256.
+
+    Raises  ValueError naming the file if its contents differ from what the hub announces.
+    """
+    name = f"shard_{index:05d}.parquet"
+    if (folder / name).exists():
+        return folder / name
+    url = huggingface_hub.hf_hub_url(
+        dataset.repository, name, repo_type="dataset", endpoint=endpoint
+    )
+    wanted = huggingface_hub.get_hf_file_metadata(url).etag
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
+        path = Path(
+            huggingface_hub.hf_hub_download(
+                dataset.repository,
+                name,
+                repo_type="dataset",
+                local_dir=scratch,
+                endpoint=endpoint,
+            )
+        )
+        if wanted and len(wanted) == 64:  # large files are announced by SHA-256
+            found = sha256(path)
+            if found != wanted:
+                raise ValueError(f"{name}: SHA-256 is {found}, the hub says {wanted}; try again")
+        pq.read_metadata(path)
+        path.replace(folder / name)
+    return folder / name
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def download(dataset: HubDataset, num_files: int, num_workers: int, folder: Path) -> None:
+    """Fetch the first num_files shards (-1: all); the last of them serves for validation.
+
+    Raises  ValueError for an impossible number; otherwise the first error of a download.
+    """
+    if num_files == 0 or num_files < -1 or num_workers < 1:
+        raise ValueError(
+            f"-n {num_files} -w {num_workers}: -n is -1 or at least 1, -w is at least 1"
+        )
+    count = dataset.num_shards if num_files == -1 else min(num_files, dataset.num_shards)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Progress() as progress, ThreadPoolExecutor(num_workers) as pool:
+        task = progress.add_task(f"{dataset.repository} -> {folder}", total=count)
+        futures = [pool.submit(download_shard, dataset, i, folder) for i in range(count)]
+        for future in futures:
+            future.result()
+            progress.advance(task)

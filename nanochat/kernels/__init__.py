@@ -1,0 +1,1 @@
+"""Operations: mathematics in, tensors out. Nothing here knows of models."""

@@ -1,0 +1,170 @@
+"""Op: one reference and its faster implementations, chosen once at start and printed.
+
+An implementation says why it cannot run (`needs`); `select` turns a `--kernels` text into one
+choice for every operation, all or none, before the model is built and compiled. There is no
+fallback at call time: what was selected is what runs.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Needs = Callable[[torch.device, torch.dtype], str]
+REGISTRY: dict[str, "Op"] = {}
+
+
+def runs_everywhere(device: torch.device, dtype: torch.dtype) -> str:
+    """The `needs` of an implementation in plain PyTorch."""
+    return ""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call must do at least: floating-point operations and bytes of device memory."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an operation.
+
+    needs  (device, dtype) -> "" if it can run there, otherwise the reason it cannot.
+    auto   whether `--kernels=auto` may choose it.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    needs: Needs
+    auto: bool = True
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs for one operation, and why the others do not."""
+
+    op: str
+    implementation: str
+    reason: str
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+class Op:
+    """An operation: call it like a function; `select` decides what runs.
+
+    reference  differentiable PyTorch; the oracle in float64, and the implementation of last resort.
+    cost       same arguments as the call -> Cost.
+    examples   device, dtype -> argument tuples: edge shapes (the first is tiny), then real ones.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., Any],
+        cost: Callable[..., Cost],
+        examples: Callable[[torch.device, torch.dtype], Iterable[tuple[Any, ...]]],
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        self.cost = cost
+        self.examples = examples
+        self.implementations = {
+            "reference": Implementation("reference", reference, runs_everywhere)
+        }
+        self.selected = "reference"
+        self._call = reference
+        REGISTRY[name] = self
+
+    def add(
+        self,
+        name: str,
+        call: Callable[..., Any],
+        needs: Needs = runs_everywhere,
+        auto: bool = True,
+    ) -> None:
+        """Register an implementation; among the usable ones `auto` takes the one added last."""
+        self.implementations[name] = Implementation(name, call, needs, auto)
+
+    def use(self, name: str) -> None:
+        """Run implementation `name` from now on. `select` is the checked way to call this."""
+        self.selected = name
+        self._call = self.implementations[name].call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+
+def select(spec: str, device: torch.device, dtype: torch.dtype) -> list[Choice]:
+    """Choose what runs for every operation; changes nothing if any part of `spec` is impossible.
+
+    spec    "auto", "reference", an implementation's name, or a list such as
+            "triton,attention=sdpa": the bare word holds for every operation that has an
+            implementation of that name (the others take auto), `op=name` for one operation.
+    Raises  ValueError for an unknown operation or implementation, or one that cannot run here.
+    """
+    default, named = _parse(spec)
+    choices = [_choose(op, named.get(op.name, default), op.name in named, device, dtype)
+               for op in REGISTRY.values()]  # fmt: skip
+    for choice in choices:
+        REGISTRY[choice.op].use(choice.implementation)
+    return choices
+
+
+def format_choices(choices: list[Choice]) -> str:
+    """The table printed at start: operation, implementation, why, and what was refused."""
+    width = max(len(choice.op) for choice in choices)
+    lines = []
+    for choice in choices:
+        refused = "".join(f"; not {name}: {why}" for name, why in choice.refused.items())
+        lines.append(f"  {choice.op:{width}}  {choice.implementation:10}  {choice.reason}{refused}")
+    return "kernels\n" + "\n".join(lines)
+
+
+def _parse(spec: str) -> tuple[str, dict[str, str]]:
+    default, named = "auto", {}
+    known = {"auto"} | {name for op in REGISTRY.values() for name in op.implementations}
+    for part in filter(None, (part.strip() for part in spec.split(","))):
+        op_name, separator, name = part.partition("=")
+        if not separator:
+            if part not in known:
+                raise ValueError(_unknown("implementation", part, known))
+            default = part
+            continue
+        if op_name not in REGISTRY:
+            raise ValueError(_unknown("operation", op_name, set(REGISTRY)))
+        allowed = {"auto"} | set(REGISTRY[op_name].implementations)
+        if name not in allowed:
+            raise ValueError(_unknown(f"implementation of {op_name}", name, allowed))
+        named[op_name] = name
+    return default, named
+
+
+def _choose(op: Op, wanted: str, named: bool, device: torch.device, dtype: torch.dtype) -> Choice:
+    if wanted != "auto" and wanted in op.implementations:
+        reason = op.implementations[wanted].needs(device, dtype)
+        if reason:
+            raise ValueError(
+                f"--kernels: {op.name}={wanted} cannot run on {device.type} in {dtype}: {reason}; "
+                f"use {op.name}=auto or {op.name}=reference"
+            )
+        return Choice(op.name, wanted, "asked for" if named else f"asked for by {wanted!r}")
+    refused = {}
+    for implementation in reversed(op.implementations.values()):
+        if not implementation.auto:
+            continue
+        reason = implementation.needs(device, dtype)
+        if not reason:
+            why = "auto" if wanted == "auto" else f"auto: no implementation named {wanted!r}"
+            return Choice(op.name, implementation.name, why, refused)
+        refused[implementation.name] = reason
+    raise AssertionError(f"the reference of {op.name} runs everywhere")
+
+
+def _unknown(what: str, name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"--kernels: unknown {what} {name!r}; {hint}known: {', '.join(sorted(known))}"

@@ -1,0 +1,129 @@
+"""What the training stages share around their loops: build, resume, save, stop.
+
+A stage's script keeps its loop; the state that a checkpoint must hold lives here once.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat import checkpoint_manager, hardware
+from nanochat.adamw import AdamW
+from nanochat.common import Runtime, print0
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels.registry import Choice
+from nanochat.muon import Muon
+from nanochat.profiler import Meter, Peaks
+
+
+def build_model(config: GPTConfig, runtime: Runtime, seed: int) -> GPT:
+    """A freshly initialised model on the device, without a second copy on the way."""
+    with torch.device("meta"):
+        model = GPT(config, runtime.dtype)
+    model.to_empty(device=runtime.device)
+    model.init_weights(seed)
+    return model
+
+
+def device_peaks(runtime: Runtime) -> Peaks:
+    """FLOP/s of the device at hand: datasheet where it is known, and a measured GEMM."""
+    known = hardware.identify(runtime.device)
+    measured = hardware.measure_gemm(runtime.device, runtime.dtype)
+    if known is None or known.bf16_flops is None:
+        print0(
+            f"{runtime.device.type}: no datasheet peak known, so no MFU; "
+            f"shares are of a measured GEMM of {measured / 1e12:.2f} TFLOP/s"
+        )
+    return Peaks(known.bf16_flops if known else None, measured)
+
+
+def find_resume(
+    stage: str, tag: str, resume: bool, resume_from: str, base_dir: Path
+) -> Path | None:
+    """The checkpoint to go on from: `resume_from`, or with `resume` the tag's newest, if any."""
+    if resume_from:
+        return checkpoint_manager.find(resume_from, stage, base_dir, tag)
+    tag_dir = checkpoint_manager.stage_dir(base_dir, stage) / tag
+    if resume and checkpoint_manager.steps_of(tag_dir):
+        return checkpoint_manager.find(tag_dir, stage, base_dir)
+    return None
+
+
+@dataclass
+class TrainState:
+    """Everything that decides how a run goes on; saved and restored as a whole.
+
+    loader_state  of the last batch trained on; None before the first.
+    """
+
+    model: GPT
+    optimizers: Sequence[AdamW | Muon]
+    meter: Meter
+    stage: str
+    tag: str
+    meta: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    saved_step: int = -1
+    min_bpb: float = math.inf
+    loader_state: dict[str, Any] | None = None
+
+    def directory(self, runtime: Runtime) -> Path:
+        """Folder of the tag: checkpoints and metrics.jsonl."""
+        return checkpoint_manager.stage_dir(runtime.base_dir, self.stage) / self.tag
+
+    def save(self, runtime: Runtime, keep_last: int) -> None:
+        """Write a checkpoint of this step, once. keep_last 0 keeps all."""
+        if self.saved_step == self.step:
+            return
+        rank_state = {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "loader": self.loader_state,
+            "rng": torch.get_rng_state(),
+            "meter": self.meter.state(),
+            "min_bpb": self.min_bpb,
+        }
+        meta = self.meta | {
+            "model_config": asdict(self.model.config),
+            "num_iterations": self.meter.num_iterations,
+        }
+        checkpoint_manager.save(
+            checkpoint_manager.stage_dir(runtime.base_dir, self.stage),
+            self.tag,
+            self.step,
+            self.model.state_dict(),
+            rank_state,
+            meta,
+            runtime,
+            keep_last or None,
+        )
+        self.saved_step = self.step
+
+    def restore(self, path: Path, runtime: Runtime) -> None:
+        """Take up the run saved at `path`.
+
+        Raises  ValueError naming both values if it is of another model or another world size.
+        """
+        meta = checkpoint_manager.load_meta(path)
+        checkpoint_manager.check_compatible(meta, asdict(self.model.config), runtime.world_size)
+        self.model.load_state_dict(checkpoint_manager.load_model_state(path, runtime.device))
+        state = checkpoint_manager.load_rank_state(path, runtime.rank)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            rates = [group["initial_lr"] for group in optimizer.param_groups]
+            optimizer.load_state_dict(saved)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["initial_lr"] = rate  # this run's settings decide, not the saved run's
+        torch.set_rng_state(state["rng"])
+        self.meter.restore(state["meter"])
+        self.step = self.saved_step = meta["step"]
+        self.min_bpb = state["min_bpb"]
+        self.loader_state = state["loader"]
+        print0(f"resuming from {path}")
+
+
+def choices_record(choices: Sequence[Choice]) -> dict[str, str]:
+    """operation -> implementation, for checkpoints and records."""
+    return {choice.op: choice.implementation for choice in choices}

@@ -1,0 +1,127 @@
+"""What every tokenizer here has in common: special tokens, split pattern, encoding with affixes."""
+
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import overload
+
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+# GPT-4's pattern with numbers cut after two digits, not three: a small vocabulary has no room for
+# all numbers of three
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+NUM_BYTES = 256
+Affix = int | str | None
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises ValueError unless there is room for every byte and every special token."""
+    least = NUM_BYTES + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise ValueError(
+            f"vocab_size {vocab_size} is below {least}: {NUM_BYTES} bytes and "
+            f"{len(SPECIAL_TOKENS)} special tokens; use --vocab_size={least} or more"
+        )
+
+
+class Tokenizer(ABC):
+    """What every tokenizer here does."""
+
+    @classmethod
+    @abstractmethod
+    def from_directory(cls, directory: Path | str) -> "Tokenizer":
+        """Read what `save` wrote."""
+
+    @abstractmethod
+    def save(self, directory: Path | str) -> None:
+        """Write the tokenizer as a plain file, whole or not at all."""
+
+    @abstractmethod
+    def get_vocab_size(self) -> int:
+        """Tokens, special ones among them."""
+
+    @abstractmethod
+    def get_special_tokens(self) -> set[str]:
+        """Names of the special tokens."""
+
+    @abstractmethod
+    def encode_special(self, text: str) -> int:
+        """Id of a special token. Raises ValueError for a name that is none."""
+
+    @abstractmethod
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; bytes that are not UTF-8 become replacement characters."""
+
+    @abstractmethod
+    def token_bytes(self) -> list[bytes | None]:
+        """Raw bytes of every id, None for special tokens."""
+
+    @abstractmethod
+    def encode_ordinary_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        """Ids of each text, without any special token."""
+
+    def get_bos_token_id(self) -> int:
+        """Id of the token that begins every document."""
+        return self.encode_special(SPECIAL_TOKENS[0])
+
+    def id_to_token(self, token_id: int) -> str:
+        """The token's text."""
+        return self.decode([token_id])
+
+    @overload
+    def encode(self, text: str, prepend: Affix = ..., append: Affix = ...) -> list[int]: ...
+
+    @overload
+    def encode(
+        self, text: list[str], prepend: Affix = ..., append: Affix = ..., num_threads: int = ...
+    ) -> list[list[int]]: ...
+
+    def encode(
+        self,
+        text: str | list[str],
+        prepend: Affix = None,
+        append: Affix = None,
+        num_threads: int = 8,
+    ) -> list[int] | list[list[int]]:
+        """Ids of a text, or of each text of a list.
+
+        prepend, append  an id or the name of a special token, put at the ends of each text.
+        """
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
+            raise ValueError(f"text must be a str or a list of str, not {text!r:.60}")
+        before, after = self._affix(prepend), self._affix(append)
+        batch = self.encode_ordinary_batch(texts, num_threads)
+        if before or after:
+            batch = [[*before, *ids, *after] for ids in batch]
+        return batch[0] if isinstance(text, str) else batch
+
+    __call__ = encode
+
+    def _affix(self, value: Affix) -> list[int]:
+        if value is None:
+            return []
+        return [value if isinstance(value, int) else self.encode_special(value)]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

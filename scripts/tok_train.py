@@ -1,0 +1,67 @@
+"""Train a tokenizer.
+
+python -m scripts.tok_train --vocab_size=65536 --max_chars=2000000000
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import Progress
+
+from nanochat import configurator
+from nanochat.common import get_base_dir, print0, setup_training
+from nanochat.dataset import iter_documents, resolve_data_dir
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.tokenizer_base import check_vocab_size
+from nanochat.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train a byte-level BPE tokenizer on the training split."""
+
+    vocab_size: int = 65_536  # tokens, the nine special ones among them
+    max_chars: int = 10_000_000_000  # characters to learn from at the most
+    doc_cap: int = 10_000  # characters taken of each document at the most
+    dataset: str = "auto"  # embedded, fineweb-edu, climbmix, or auto: what is downloaded
+    data_dir: str = ""  # folder of parquet, JSONL or text files instead of a dataset
+    output_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
+    skip_bad_shards: bool = False  # leave out unreadable shards instead of stopping
+
+
+def main() -> None:
+    settings = configurator.load(Settings)
+    check_vocab_size(settings.vocab_size)
+    runtime = setup_training("cpu")
+    base_dir = get_base_dir()
+    data_dir = resolve_data_dir(settings.dataset, settings.data_dir, base_dir)
+    output_dir = Path(settings.output_dir or base_dir / "tokenizer")
+    started = time.perf_counter()
+    with Progress() as progress:
+        task = progress.add_task(f"characters of {data_dir}", total=None)
+
+        def texts() -> Iterator[str]:
+            chars = 0
+            for document in iter_documents(data_dir, "train", settings.skip_bad_shards):
+                text = document[: min(settings.doc_cap, settings.max_chars - chars)]
+                chars += len(text)
+                progress.update(task, completed=chars)
+                yield text
+                if chars >= settings.max_chars:
+                    return
+
+        tokenizer = RustBPETokenizer.train_from_iterator(texts(), settings.vocab_size)
+        chars = int(progress.tasks[0].completed)
+    tokenizer.save(output_dir)
+    seconds = time.perf_counter() - started
+    tracker = Tracker(output_dir, runtime, "tok_train", settings)
+    tracker.log("end", 0, wall_seconds=seconds, chars=chars, vocab_size=tokenizer.get_vocab_size())
+    tracker.close()
+    print0(f"{tokenizer.get_vocab_size():,} tokens from {chars:,} characters in {seconds:.1f} s "
+           f"-> {output_dir}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

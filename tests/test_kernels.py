@@ -1,0 +1,179 @@
+"""Every implementation of every operation, over its examples, against its reference in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat.kernels import attention, linear_cross_entropy, qk_norm_rope, relu2_mlp, rms_norm
+from nanochat.kernels.registry import REGISTRY, Op, format_choices, select
+from nanochat.kernels.roofline import bound, speed_of_light
+
+OPS = [
+    rms_norm.rms_norm,
+    rms_norm.add_rms_norm,
+    qk_norm_rope.qk_norm_rope,
+    relu2_mlp.relu2_mlp,
+    linear_cross_entropy.linear_cross_entropy,
+    attention.attention,
+]
+CPU = torch.device("cpu")
+ABSOLUTE = 1e-6
+CASES = [(op, name) for op in OPS for name in op.implementations]
+
+
+def run(call: Any, args: tuple[Any, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Outputs, then the gradient of every floating-point argument, in float64."""
+    leaves = [
+        arg.detach().to(dtype, copy=True).requires_grad_()
+        if isinstance(arg, torch.Tensor) and arg.is_floating_point()
+        else arg
+        for arg in args
+    ]
+    outputs = call(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in outputs]
+    total = sum((y.double() * w).sum() for y, w in zip(outputs, weights, strict=True))
+    assert isinstance(total, torch.Tensor)
+    total.backward()
+    gradients = [
+        leaf.grad for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+    ]
+    return [x.detach().double() for x in (*outputs, *(g for g in gradients if g is not None))]
+
+
+def rms(x: torch.Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("op", "name"), CASES, ids=[f"{op.name}-{name}" for op, name in CASES])
+def test_error_is_at_most_twice_that_of_eager(op: Op, name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for args in op.examples(CPU, dtype):
+        want = run(op.reference, args, torch.float64)
+        eager = run(op.reference, args, dtype)
+        got = run(op.implementations[name].call, args, dtype)
+        assert len(got) == len(want)
+        for index, (g, e, w) in enumerate(zip(got, eager, want, strict=True)):
+            assert torch.isfinite(g).all()
+            allowed = 2 * rms(e - w) + ABSOLUTE * max(1.0, rms(w))
+            assert rms(g - w) <= allowed, (index, tuple(w.shape))
+
+
+def test_rms_norm_by_hand() -> None:
+    y = rms_norm.rms_norm(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
+    assert torch.allclose(y, torch.tensor([[3.0, 4.0]], dtype=torch.float64) / 12.5**0.5)
+
+
+def test_rotation_is_by_minus_theta_on_halves() -> None:
+    cos, sin = qk_norm_rope.rotary_tables(4, 4, 10_000.0, "cpu")
+    qkv = torch.zeros(1, 4, 12)
+    qkv[..., 0] = 1.0  # first channel of the query's first half
+    q, _, _ = qk_norm_rope.reference(qkv, cos, sin, 1, 1)
+    position = torch.arange(4.0)
+    # norm of a unit vector of 4 channels: mean square 1/4, so the norm doubles it
+    assert torch.allclose(q[0, :, 0, 0], 2 * position.cos(), atol=1e-5)
+    assert torch.allclose(q[0, :, 0, 2], -2 * position.sin(), atol=1e-5)
+
+
+def test_offsets_continue_a_sequence() -> None:
+    torch.manual_seed(0)
+    cos, sin = qk_norm_rope.rotary_tables(16, 8, 10_000.0, "cpu")
+    qkv = torch.randn(2, 9, 32)
+    whole = qk_norm_rope.reference(qkv, cos, sin, 2, 1)
+    tail = qk_norm_rope.reference(qkv[:, 5:], cos, sin, 2, 1, torch.tensor([5, 5]))
+    for w, t in zip(whole, tail, strict=True):
+        assert torch.equal(w[:, 5:], t)
+
+
+def test_attention_is_causal_windowed_and_respects_lengths() -> None:
+    mask = attention.visible(2, 5, CPU, window=2, kv_lengths_B=torch.tensor([3, 5]))
+    assert mask.shape == (2, 1, 2, 5)
+    assert mask[0, 0].tolist() == [
+        [True, True, False, False, False],
+        [False, True, True, False, False],
+    ]
+    assert mask[1, 0, 1].tolist() == [False, False, False, True, True]
+
+
+def test_loss_without_targets_is_zero() -> None:
+    targets = torch.full((3,), -1)
+    loss = linear_cross_entropy.reference(torch.randn(3, 4), torch.randn(8, 4), targets)
+    assert loss.item() == 0.0
+
+
+def test_padding_of_the_vocabulary_does_not_count() -> None:
+    x, weight, targets = torch.randn(5, 4), torch.randn(8, 4), torch.tensor([0, 1, 2, 3, 4])
+    want = linear_cross_entropy.reference(x, weight[:6], targets)
+    got = linear_cross_entropy.reference(x, weight, targets, vocab_size=6)
+    assert torch.equal(want, got)
+
+
+def test_unknown_reduction_is_refused() -> None:
+    with pytest.raises(ValueError, match="'average' is unknown"):
+        linear_cross_entropy.reference(
+            torch.randn(1, 4), torch.randn(8, 4), torch.tensor([0]), reduction="average"
+        )
+
+
+@pytest.fixture
+def restored():
+    yield
+    for op in REGISTRY.values():
+        op.use("reference")
+
+
+@pytest.mark.usefixtures("restored")
+class TestSelect:
+    def test_auto_takes_the_last_usable(self) -> None:
+        chosen = {c.op: c.implementation for c in select("auto", CPU, torch.float32)}
+        assert chosen["attention"] == "sdpa"
+        assert attention.attention.selected == "sdpa"
+
+    def test_one_operation_by_name(self) -> None:
+        chosen = {c.op: c for c in select("auto,attention=reference", CPU, torch.float32)}
+        assert chosen["attention"].implementation == "reference"
+        assert "asked for" in format_choices(list(chosen.values()))
+
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            ("atention=sdpa", "did you mean 'attention'"),
+            ("attention=sdpq", "did you mean 'sdpa'"),
+            ("referense", "did you mean 'reference'"),
+        ],
+    )
+    def test_near_misses_are_named(self, spec: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            select(spec, CPU, torch.float32)
+
+    def test_refusal_changes_nothing(self) -> None:
+        op = rms_norm.rms_norm
+        op.add("impossible", op.reference, lambda device, dtype: "no such machine")
+        try:
+            select("auto", CPU, torch.float32)
+            with pytest.raises(ValueError, match="no such machine"):
+                select("reference,rms_norm=impossible", CPU, torch.float32)
+            assert attention.attention.selected == "sdpa"
+            refused = {c.op: c.refused for c in select("auto", CPU, torch.float32)}
+            assert refused["rms_norm"] == {"impossible": "no such machine"}
+        finally:
+            del op.implementations["impossible"]
+
+
+def test_speed_of_light_is_the_larger_term() -> None:
+    x = torch.empty(1000, 1000)
+    cost = rms_norm.cost(x)
+    assert cost.bytes == 8e6
+    assert speed_of_light(cost, 1e15, 1e12) == 8e-6
+    assert bound(cost, 1e15, 1e12) == "memory"
+    with pytest.raises(ValueError, match="positive"):
+        speed_of_light(cost, 0, 1)
+
+
+def test_attention_cost_counts_visible_pairs() -> None:
+    q = torch.empty(1, 4, 2, 8)
+    assert attention.cost(q, q, q).flops == 4 * 2 * 8 * (1 + 2 + 3 + 4)
+    assert attention.cost(q, q, q, window=2).flops == 4 * 2 * 8 * (1 + 2 + 2 + 2)
