@@ -68,7 +68,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def download(dataset: HubDataset, num_files: int, num_workers: int, folder: Path) -> None:
+def download(
+    dataset: HubDataset,
+    num_files: int,
+    num_workers: int,
+    folder: Path,
+    endpoint: str | None = None,
+) -> None:
     """Fetch the first num_files shards (-1: all); the last of them serves for validation.
 
     Raises  ValueError for an impossible number; otherwise the first error of a download.
@@ -81,7 +87,7 @@ def download(dataset: HubDataset, num_files: int, num_workers: int, folder: Path
     folder.mkdir(parents=True, exist_ok=True)
     with Progress() as progress, ThreadPoolExecutor(num_workers) as pool:
         task = progress.add_task(f"{dataset.repository} -> {folder}", total=count)
-        futures = [pool.submit(download_shard, dataset, i, folder) for i in range(count)]
+        futures = [pool.submit(download_shard, dataset, i, folder, endpoint) for i in range(count)]
         for future in futures:
             future.result()
             progress.advance(task)
