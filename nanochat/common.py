@@ -160,18 +160,28 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.signal_name = ""
+        self.number = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name and number == signal.SIGINT:
+        if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
+        self.number = number
+
+    @property
+    def name(self) -> str:
+        """Name of the signal that came; on a rank that got none, that another rank did."""
+        return signal.Signals(self.number).name if self.number else "another rank was stopped"
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a program that a signal ended, so that it does not go on."""
+        return 128 + (self.number or signal.SIGTERM)
 
     def agreed(self, runtime: Runtime) -> bool:
         """True on every rank as soon as any rank was asked to stop."""
         if runtime.world_size == 1:
-            return bool(self.signal_name)
-        flag = torch.tensor(float(bool(self.signal_name)), device=runtime.device)
+            return bool(self.number)
+        flag = torch.tensor(float(bool(self.number)), device=runtime.device)
         return bool(runtime.all_reduce(flag, dist.ReduceOp.MAX).item())

@@ -108,7 +108,12 @@ class TrainState:
         Raises  ValueError naming both values if it is of another model or another world size.
         """
         meta = checkpoint_manager.load_meta(path)
-        checkpoint_manager.check_compatible(meta, asdict(self.model.config), runtime.world_size)
+        checkpoint_manager.check_compatible(
+            meta,
+            asdict(self.model.config),
+            runtime.world_size,
+            self.meta.get("tokenizer_fingerprint"),
+        )
         self.model.load_state_dict(checkpoint_manager.load_model_state(path, runtime.device))
         state = checkpoint_manager.load_rank_state(path, runtime.rank)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

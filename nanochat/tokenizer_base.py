@@ -1,5 +1,6 @@
 """What every tokenizer here has in common: special tokens, split pattern, encoding with affixes."""
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -75,6 +76,11 @@ class Tokenizer(ABC):
     def get_bos_token_id(self) -> int:
         """Id of the token that begins every document."""
         return self.encode_special(SPECIAL_TOKENS[0])
+
+    def fingerprint(self) -> str:
+        """A text that differs between tokenizers that give other ids (SHA-256 of the tokens)."""
+        tokens = ((token or b"special").hex() for token in self.token_bytes())
+        return hashlib.sha256(" ".join(tokens).encode()).hexdigest()
 
     def id_to_token(self, token_id: int) -> str:
         """The token's text."""

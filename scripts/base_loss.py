@@ -47,7 +47,9 @@ def main() -> None:
     meta = checkpoint_manager.load_meta(path)
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
     checkpoint_manager.check_compatible(
-        meta, meta["model_config"] | {"vocab_size": tokenizer.get_vocab_size()}
+        meta,
+        meta["model_config"] | {"vocab_size": tokenizer.get_vocab_size()},
+        tokenizer_fingerprint=tokenizer.fingerprint(),
     )
     model = stage.build_model(GPTConfig(**meta["model_config"]), runtime, runtime.seed)
     model.load_state_dict(checkpoint_manager.load_model_state(path, runtime.device))

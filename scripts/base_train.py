@@ -111,7 +111,11 @@ def main() -> None:
         meter,
         stage="base",
         tag=settings.model_tag or f"d{settings.depth}",
-        meta={"settings": asdict(settings), "kernels": stage.choices_record(kernels)},
+        meta={
+            "settings": asdict(settings),
+            "kernels": stage.choices_record(kernels),
+            "tokenizer_fingerprint": tokenizer.fingerprint(),
+        },
     )
     resumed = stage.find_resume(
         "base", state.tag, settings.resume, settings.resume_from, runtime.base_dir
@@ -236,9 +240,11 @@ def main() -> None:
         print0(f"done: min validation bpb {state.min_bpb:.4f}, see {state.directory(runtime)}")
     else:
         state.save(runtime, settings.keep_last)
-        print0(f"{stop.signal_name}: saved step {state.step}; go on with --resume")
+        print0(f"{stop.name}: saved step {state.step}; go on with --resume")
     tracker.close()
     runtime.close()
+    if not last:
+        sys.exit(stop.exit_code)
 
 
 def model_config(settings: Settings, vocab_size: int) -> GPTConfig:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat.tokenizer import RustBPETokenizer
+
 ROOT = Path(__file__).parent.parent
 WORDS = (
     "the",
@@ -89,8 +91,6 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    from nanochat.tokenizer import RustBPETokenizer
-
     base_dir = tmp_path_factory.mktemp("world")
     chooser = random.Random(0)
     text = base_dir / "text"
@@ -179,7 +179,7 @@ def test_asked_to_stop_it_saves_and_leaves(
             process.send_signal(number)
             break
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    assert process.returncode == 128 + number, output
     assert f"{number.name}: saved step" in output
     saved = [path.name for path in world.folder(tag).iterdir() if path.name.isdigit()]
     assert len(saved) == 1
@@ -232,6 +232,19 @@ def test_bad_input_is_named(world: World, arguments: tuple[str, ...], message: s
     output, _ = process.communicate(timeout=120)
     assert process.returncode not in (0, None)
     assert message in output, output
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(world: World, uninterrupted: str) -> None:
+    backwards = [" ".join(word[::-1] for word in WORDS) * 9]
+    other = RustBPETokenizer.train_from_iterator(backwards, 290)
+    other.save(world.base_dir / "other_tokenizer")
+    output = world.run(
+        "--model_tag=foreign",
+        "--resume_from=whole",
+        f"--tokenizer_dir={world.base_dir / 'other_tokenizer'}",
+        code=1,
+    )
+    assert "the same ids mean other text" in output
 
 
 def test_a_checkpoint_of_other_sizes_is_refused(world: World, uninterrupted: str) -> None:
