@@ -11,13 +11,27 @@ from typing import Any
 
 import torch
 
-from nanochat import checkpoint_manager, hardware
+from nanochat import checkpoint_manager, hardware, scaling
 from nanochat.adamw import AdamW
 from nanochat.common import Runtime, print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels.registry import Choice
 from nanochat.muon import Muon
 from nanochat.profiler import Meter, Peaks
+
+
+def model_config(depth: int, n_kv_head: int, sequence_len: int, vocab_size: int) -> GPTConfig:
+    """Sizes of the model that a depth stands for; n_kv_head -1 is as many as query heads."""
+    width = scaling.model_width(depth)
+    n_head = width // scaling.HEAD_DIM
+    return GPTConfig(
+        sequence_len=sequence_len,
+        vocab_size=vocab_size,
+        n_layer=depth,
+        n_head=n_head,
+        n_kv_head=scaling.num_kv_heads(n_head, n_kv_head),
+        n_embd=width,
+    )
 
 
 def build_model(config: GPTConfig, runtime: Runtime, seed: int) -> GPT:

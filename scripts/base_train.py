@@ -18,7 +18,6 @@ from nanochat import configurator, scaling, schedule, stage
 from nanochat.common import Runtime, StopRequest, freeze_garbage, print0, setup_training
 from nanochat.dataloader import CUDAPrefetcher, DataLoader
 from nanochat.dataset import resolve_data_dir
-from nanochat.gpt import GPTConfig
 from nanochat.kernels.registry import format_choices, select
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.profiler import Meter, console_line, peak_memory_gib
@@ -95,9 +94,10 @@ def main() -> None:
         settings.max_seq_len,
         runtime.world_size,
     )
-    model = stage.build_model(
-        model_config(settings, tokenizer.get_vocab_size()), runtime, settings.seed
+    config = stage.model_config(
+        settings.depth, settings.n_kv_head, settings.max_seq_len, tokenizer.get_vocab_size()
     )
+    model = stage.build_model(config, runtime, settings.seed)
     meter = build_meter(settings, model.num_parameters().total, model.estimate_flops, runtime)
     state = stage.TrainState(
         model,
@@ -245,20 +245,6 @@ def main() -> None:
     runtime.close()
     if not last:
         sys.exit(stop.exit_code)
-
-
-def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
-    """Sizes of the model that --depth stands for."""
-    width = scaling.model_width(settings.depth)
-    n_head = width // scaling.HEAD_DIM
-    return GPTConfig(
-        sequence_len=settings.max_seq_len,
-        vocab_size=vocab_size,
-        n_layer=settings.depth,
-        n_head=n_head,
-        n_kv_head=scaling.num_kv_heads(n_head, settings.n_kv_head),
-        n_embd=width,
-    )
 
 
 def build_meter(
