@@ -1,9 +1,12 @@
 """Every implementation of every operation, over its examples, against its reference in float64."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat.kernels import attention, linear_cross_entropy, qk_norm_rope, relu2_mlp, rms_norm
 from nanochat.kernels.registry import REGISTRY, Op, format_choices, select
@@ -20,6 +23,11 @@ OPS = [
 CPU = torch.device("cpu")
 ABSOLUTE = 1e-6
 CASES = [(op, name) for op in OPS for name in op.implementations]
+TRITON_CASES = [(op, name) for op, name in CASES if name.startswith("triton")]
+
+
+def ids(cases: list[tuple[Op, str]]) -> list[str]:
+    return [f"{op.name}-{name}" for op, name in cases]
 
 
 def run(call: Any, args: tuple[Any, ...], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -43,12 +51,30 @@ def run(call: Any, args: tuple[Any, ...], dtype: torch.dtype) -> list[torch.Tens
     return [x.detach().double() for x in (*outputs, *(g for g in gradients if g is not None))]
 
 
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty and torch.empty_like hand out NaN (or the largest integer), never zeros."""
+
+    def poison(make: Any) -> Any:
+        def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+            x = make(*args, **kwargs)
+            if x.device.type == "meta" or isinstance(x, FakeTensor):
+                return x
+            return x.fill_(math.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
+
+        return made
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
 def rms(x: torch.Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("op", "name"), CASES, ids=[f"{op.name}-{name}" for op, name in CASES])
+@pytest.mark.parametrize(("op", "name"), CASES, ids=ids(CASES))
 def test_error_is_at_most_twice_that_of_eager(op: Op, name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     for args in op.examples(CPU, dtype):
@@ -57,9 +83,44 @@ def test_error_is_at_most_twice_that_of_eager(op: Op, name: str, dtype: torch.dt
         got = run(op.implementations[name].call, args, dtype)
         assert len(got) == len(want)
         for index, (g, e, w) in enumerate(zip(got, eager, want, strict=True)):
-            assert torch.isfinite(g).all()
+            assert torch.isfinite(g).all(), (index, tuple(w.shape))
             allowed = 2 * rms(e - w) + ABSOLUTE * max(1.0, rms(w))
             assert rms(g - w) <= allowed, (index, tuple(w.shape))
+        again = run(op.implementations[name].call, args, dtype)
+        assert all(torch.equal(g, a) for g, a in zip(got, again, strict=True))
+
+
+class CustomOpCalls(TorchDispatchMode):
+    """Keeps the arguments of the first call of each custom operation of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "nanochat":
+            kept = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args]
+            self.calls.setdefault(func, tuple(kept))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("op", "name"), TRITON_CASES, ids=ids(TRITON_CASES))
+def test_custom_operations_keep_their_contracts(op: Op, name: str) -> None:
+    args = next(iter(op.examples(CPU, torch.float32)))
+    with CustomOpCalls() as recorder:
+        run(op.implementations[name].call, args, torch.float32)
+    assert recorder.calls
+    for func, arguments in recorder.calls.items():
+        torch.library.opcheck(func, arguments)
+
+
+@pytest.mark.parametrize(("op", "name"), TRITON_CASES, ids=ids(TRITON_CASES))
+def test_triton_traces_without_a_graph_break(op: Op, name: str) -> None:
+    args = next(iter(op.examples(CPU, torch.float32)))
+    call = op.implementations[name].call
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    want, got = run(call, args, torch.float32), run(compiled, args, torch.float32)
+    assert all(torch.equal(w, g) for w, g in zip(want, got, strict=True))
 
 
 def test_rms_norm_by_hand() -> None:
@@ -158,7 +219,8 @@ class TestSelect:
                 select("reference,rms_norm=impossible", CPU, torch.float32)
             assert attention.attention.selected == "sdpa"
             refused = {c.op: c.refused for c in select("auto", CPU, torch.float32)}
-            assert refused["rms_norm"] == {"impossible": "no such machine"}
+            assert refused["rms_norm"]["impossible"] == "no such machine"
+            assert "interpreted" in refused["rms_norm"]["triton"]
         finally:
             del op.implementations["impossible"]
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.kernels.registry import Cost, Op
+from nanochat.kernels.workloads import HEAD_DIM, Workload
 
 
 def visible(
@@ -101,5 +102,14 @@ def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ..
         )
 
 
-attention = Op("attention", reference, cost, examples)
+def workload(w: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Queries, keys and values of whole sequences."""
+    length = w.tokens // w.batch
+    return tuple(
+        torch.randn(w.batch, length, heads, HEAD_DIM, device=device, dtype=dtype)
+        for heads in (w.heads, w.num_kv_heads, w.num_kv_heads)
+    )
+
+
+attention = Op("attention", reference, cost, examples, workload)
 attention.add("sdpa", sdpa)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.kernels.registry import Cost, Op
+from nanochat.kernels.workloads import Workload
 
 IGNORE_INDEX = -1
 REDUCTIONS = ("none", "mean", "sum")
@@ -79,4 +80,13 @@ def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ..
         )
 
 
-linear_cross_entropy = Op("linear_cross_entropy", reference, cost, examples)
+def workload(w: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The last hidden states, the head and the next tokens."""
+    return (
+        torch.randn(w.tokens, w.width, device=device, dtype=dtype),
+        torch.randn(w.vocab_size, w.width, device=device, dtype=dtype) * w.width**-0.5,
+        torch.randint(w.vocab_size, (w.tokens,), device=device),
+    )
+
+
+linear_cross_entropy = Op("linear_cross_entropy", reference, cost, examples, workload)

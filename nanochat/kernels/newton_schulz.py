@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nanochat.kernels.registry import Cost, Op
+from nanochat.kernels.workloads import Workload
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
@@ -74,4 +75,10 @@ def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor,
         yield torch.randn(shape, device=device, dtype=dtype), MUON_COEFFICIENTS
 
 
-newton_schulz = Op("newton_schulz", reference, cost, examples)
+def workload(w: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Coefficients]:
+    """One MLP matrix of every layer."""
+    G_LMN = torch.randn(w.layers, w.width, 4 * w.width, device=device, dtype=dtype)
+    return G_LMN, POLAR_EXPRESS_COEFFICIENTS
+
+
+newton_schulz = Op("newton_schulz", reference, cost, examples, workload)

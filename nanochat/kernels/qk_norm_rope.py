@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.rms_norm import EPS
+from nanochat.kernels.workloads import HEAD_DIM, Workload
 
 
 def rotary_tables(
@@ -85,4 +86,12 @@ def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ..
         yield qkv, cos, sin, H, Hkv, offsets
 
 
-qk_norm_rope = Op("qk_norm_rope", reference, cost, examples)
+def workload(w: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """A packed projection of whole sequences."""
+    length, channels = w.tokens // w.batch, (w.heads + 2 * w.num_kv_heads) * HEAD_DIM
+    qkv_BTE = torch.randn(w.batch, length, channels, device=device, dtype=dtype)
+    cos, sin = rotary_tables(length, HEAD_DIM, 10_000.0, device)
+    return qkv_BTE, cos, sin, w.heads, w.num_kv_heads
+
+
+qk_norm_rope = Op("qk_norm_rope", reference, cost, examples, workload)

@@ -2,7 +2,8 @@
 
 An implementation says why it cannot run (`needs`); `select` turns a `--kernels` text into one
 choice for every operation, all or none, before the model is built and compiled. There is no
-fallback at call time: what was selected is what runs.
+fallback at call time: what was selected is what runs. On a GPU every implementation is tried on a
+tiny example first; version numbers decide nothing.
 """
 
 import difflib
@@ -11,6 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from triton.errors import TritonError
+
+from nanochat.kernels.workloads import Workload
 
 Needs = Callable[[torch.device, torch.dtype], str]
 REGISTRY: dict[str, "Op"] = {}
@@ -34,13 +38,13 @@ class Implementation:
     """One way to run an operation.
 
     needs  (device, dtype) -> "" if it can run there, otherwise the reason it cannot.
-    auto   whether `--kernels=auto` may choose it.
+    auto   (device, dtype) -> "" if `--kernels=auto` may choose it, otherwise the reason against it.
     """
 
     name: str
     call: Callable[..., Any]
     needs: Needs
-    auto: bool = True
+    auto: Needs = runs_everywhere
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Op:
     reference  differentiable PyTorch; the oracle in float64, and the implementation of last resort.
     cost       same arguments as the call -> Cost.
     examples   device, dtype -> argument tuples: edge shapes (the first is tiny), then real ones.
+    workload   Workload, device, dtype -> the arguments of the call inside a model.
     """
 
     def __init__(
@@ -67,11 +72,13 @@ class Op:
         reference: Callable[..., Any],
         cost: Callable[..., Cost],
         examples: Callable[[torch.device, torch.dtype], Iterable[tuple[Any, ...]]],
+        workload: Callable[[Workload, torch.device, torch.dtype], tuple[Any, ...]],
     ) -> None:
         self.name = name
         self.reference = reference
         self.cost = cost
         self.examples = examples
+        self.workload = workload
         self.implementations = {
             "reference": Implementation("reference", reference, runs_everywhere)
         }
@@ -84,7 +91,7 @@ class Op:
         name: str,
         call: Callable[..., Any],
         needs: Needs = runs_everywhere,
-        auto: bool = True,
+        auto: Needs = runs_everywhere,
     ) -> None:
         """Register an implementation; among the usable ones `auto` takes the one added last."""
         self.implementations[name] = Implementation(name, call, needs, auto)
@@ -143,9 +150,38 @@ def _parse(spec: str) -> tuple[str, dict[str, str]]:
     return default, named
 
 
+def probe(op: Op, implementation: Implementation, device: torch.device, dtype: torch.dtype) -> str:
+    """Run the first example, forward and backward: "" if it ran, otherwise the error."""
+    example = next(iter(op.examples(device, dtype)))
+    arguments = [
+        x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in example
+    ]
+    try:
+        outputs = implementation.call(*arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        totals = [y.float().sum() for y in outputs if y.requires_grad]
+        if totals:
+            torch.stack(totals).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except (RuntimeError, ValueError, ImportError, TritonError) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return ""
+
+
+def _refusal(
+    op: Op, implementation: Implementation, device: torch.device, dtype: torch.dtype
+) -> str:
+    reason = implementation.needs(device, dtype)
+    if reason or implementation.name == "reference" or device.type != "cuda":
+        return reason
+    return probe(op, implementation, device, dtype)
+
+
 def _choose(op: Op, wanted: str, named: bool, device: torch.device, dtype: torch.dtype) -> Choice:
     if wanted != "auto" and wanted in op.implementations:
-        reason = op.implementations[wanted].needs(device, dtype)
+        reason = _refusal(op, op.implementations[wanted], device, dtype)
         if reason:
             raise ValueError(
                 f"--kernels: {op.name}={wanted} cannot run on {device.type} in {dtype}: {reason}; "
@@ -154,9 +190,7 @@ def _choose(op: Op, wanted: str, named: bool, device: torch.device, dtype: torch
         return Choice(op.name, wanted, "asked for" if named else f"asked for by {wanted!r}")
     refused = {}
     for implementation in reversed(op.implementations.values()):
-        if not implementation.auto:
-            continue
-        reason = implementation.needs(device, dtype)
+        reason = implementation.auto(device, dtype) or _refusal(op, implementation, device, dtype)
         if not reason:
             why = "auto" if wanted == "auto" else f"auto: no implementation named {wanted!r}"
             return Choice(op.name, implementation.name, why, refused)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.kernels.registry import Cost, Op
+from nanochat.kernels.workloads import Workload
 
 
 def reference(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
@@ -38,4 +39,15 @@ def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor,
         )
 
 
-relu2_mlp = Op("relu2_mlp", reference, cost, examples)
+def workload(
+    w: Workload, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The network of one block."""
+    return (
+        torch.randn(w.tokens, w.width, device=device, dtype=dtype),
+        torch.randn(4 * w.width, w.width, device=device, dtype=dtype) * w.width**-0.5,
+        torch.randn(w.width, 4 * w.width, device=device, dtype=dtype) * (4 * w.width) ** -0.5,
+    )
+
+
+relu2_mlp = Op("relu2_mlp", reference, cost, examples, workload)
