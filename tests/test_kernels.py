@@ -30,10 +30,15 @@ def ids(cases: list[tuple[Op, str]]) -> list[str]:
     return [f"{op.name}-{name}" for op, name in cases]
 
 
+def same_layout(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy with the strides of x, gaps included."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x.detach())
+
+
 def run(call: Any, args: tuple[Any, ...], dtype: torch.dtype) -> list[torch.Tensor]:
     """Outputs, then the gradient of every floating-point argument, in float64."""
     leaves = [
-        arg.detach().to(dtype, copy=True).requires_grad_()
+        same_layout(arg, dtype).requires_grad_()
         if isinstance(arg, torch.Tensor) and arg.is_floating_point()
         else arg
         for arg in args
