@@ -16,7 +16,8 @@ from nanochat import scaling
 from nanochat.adamw import AdamW, DistAdamW
 from nanochat.kernels.attention import attention
 from nanochat.kernels.linear_cross_entropy import linear_cross_entropy, softcapped_logits
-from nanochat.kernels.qk_norm_rope import qk_norm_rope, rotary_tables
+from nanochat.kernels.norm_rope import rotary_tables
+from nanochat.kernels.qk_norm_rope import qk_norm_rope
 from nanochat.kernels.relu2_mlp import relu2_mlp
 from nanochat.kernels.rms_norm import add_rms_norm, rms_norm
 from nanochat.muon import DistMuon, Muon

@@ -23,7 +23,7 @@ ENTRY_POINTS = ("scripts", "bench", "experiments")
 
 # Raising a limit is a change that a reviewer sees; the fix is usually a second idea in the file.
 LINE_LIMITS = {
-    "nanochat/kernels": 250,
+    "nanochat/kernels": 280,
     "nanochat": 350,
     "scripts": 290,
     "tasks": 200,

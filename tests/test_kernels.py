@@ -8,7 +8,14 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanochat.kernels import attention, linear_cross_entropy, qk_norm_rope, relu2_mlp, rms_norm
+from nanochat.kernels import (
+    attention,
+    linear_cross_entropy,
+    norm_rope,
+    qk_norm_rope,
+    relu2_mlp,
+    rms_norm,
+)
 from nanochat.kernels.registry import REGISTRY, Op, format_choices, select
 from nanochat.kernels.roofline import bound, speed_of_light
 
@@ -16,6 +23,7 @@ OPS = [
     rms_norm.rms_norm,
     rms_norm.add_rms_norm,
     qk_norm_rope.qk_norm_rope,
+    norm_rope.norm_rope,
     relu2_mlp.relu2_mlp,
     linear_cross_entropy.linear_cross_entropy,
     attention.attention,
@@ -35,10 +43,13 @@ def same_layout(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x.detach())
 
 
-def run(call: Any, args: tuple[Any, ...], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Outputs, then the gradient of every floating-point argument, in float64."""
+def run(call: Any, args: tuple[Any, ...], exact: bool = False) -> list[torch.Tensor]:
+    """Outputs, then the gradient of every floating-point argument, in float64.
+
+    exact  also computes in float64, whatever the dtypes of the arguments.
+    """
     leaves = [
-        same_layout(arg, dtype).requires_grad_()
+        same_layout(arg, torch.float64 if exact else arg.dtype).requires_grad_()
         if isinstance(arg, torch.Tensor) and arg.is_floating_point()
         else arg
         for arg in args
@@ -83,16 +94,56 @@ def rms(x: torch.Tensor) -> float:
 def test_error_is_at_most_twice_that_of_eager(op: Op, name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     for args in op.examples(CPU, dtype):
-        want = run(op.reference, args, torch.float64)
-        eager = run(op.reference, args, dtype)
-        got = run(op.implementations[name].call, args, dtype)
+        want = run(op.reference, args, exact=True)
+        eager = run(op.reference, args)
+        got = run(op.implementations[name].call, args)
         assert len(got) == len(want)
         for index, (g, e, w) in enumerate(zip(got, eager, want, strict=True)):
             assert torch.isfinite(g).all(), (index, tuple(w.shape))
             allowed = 2 * rms(e - w) + ABSOLUTE * max(1.0, rms(w))
             assert rms(g - w) <= allowed, (index, tuple(w.shape))
-        again = run(op.implementations[name].call, args, dtype)
+        again = run(op.implementations[name].call, args)
         assert all(torch.equal(g, a) for g, a in zip(got, again, strict=True))
+
+
+def permuted(x: torch.Tensor, first: int, second: int) -> torch.Tensor:
+    """x laid out with two of its axes exchanged."""
+    if x.dim() < 2:
+        return x
+    return x.transpose(first, second).contiguous().transpose(first, second)
+
+
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """x in every second element of its memory."""
+    return torch.stack((x, x), dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize(("op", "name"), TRITON_CASES, ids=ids(TRITON_CASES))
+def test_gradients_may_have_any_strides(op: Op, name: str) -> None:
+    for args in op.examples(CPU, torch.float32):
+        leaves = [
+            arg.detach().requires_grad_()
+            if isinstance(arg, torch.Tensor) and arg.is_floating_point()
+            else arg
+            for arg in args
+        ]
+        outputs = op.implementations[name].call(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
+        dense = [torch.randn(y.shape) for y in outputs]
+        ones = [torch.ones(y.shape) for y in outputs]
+        for plain, strided in (
+            (dense, [permuted(dy, 0, -2) for dy in dense]),
+            (dense, [spread(dense[0]), *dense[1:]]),
+            (dense, [permuted(dense[0], -2, -3 % dense[0].dim()), *dense[1:]]),
+            (ones, [torch.ones(()).expand(dy.shape) for dy in ones]),
+        ):
+            want, got = (
+                torch.autograd.grad(outputs, wanted, dys, retain_graph=True, allow_unused=True)
+                for dys in (plain, strided)
+            )
+            for w, g in zip(want, got, strict=True):
+                assert w is None or torch.equal(w, g)
 
 
 class CustomOpCalls(TorchDispatchMode):
@@ -113,7 +164,7 @@ class CustomOpCalls(TorchDispatchMode):
 def test_custom_operations_keep_their_contracts(op: Op, name: str) -> None:
     args = next(iter(op.examples(CPU, torch.float32)))
     with CustomOpCalls() as recorder:
-        run(op.implementations[name].call, args, torch.float32)
+        run(op.implementations[name].call, args)
     assert recorder.calls
     for func, arguments in recorder.calls.items():
         torch.library.opcheck(func, arguments)
@@ -124,7 +175,7 @@ def test_triton_traces_without_a_graph_break(op: Op, name: str) -> None:
     args = next(iter(op.examples(CPU, torch.float32)))
     call = op.implementations[name].call
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    want, got = run(call, args, torch.float32), run(compiled, args, torch.float32)
+    want, got = run(call, args), run(compiled, args)
     assert all(torch.equal(w, g) for w, g in zip(want, got, strict=True))
 
 

@@ -33,6 +33,7 @@ from nanochat.kernels import (  # noqa: F401  registers every operation
     attention,
     linear_cross_entropy,
     newton_schulz,
+    norm_rope,
     qk_norm_rope,
     relu2_mlp,
     rms_norm,
