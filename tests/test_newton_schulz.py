@@ -1,0 +1,100 @@
+"""Newton-Schulz: the symmetric and the Gram form against the definition in float64."""
+
+import pytest
+import torch
+
+from nanochat.kernels.newton_schulz import (
+    MUON_COEFFICIENTS,
+    POLAR_EXPRESS_COEFFICIENTS,
+    newton_schulz,
+    reference,
+    symmetric_product,
+    triton_gram,
+    triton_symmetric,
+)
+
+CPU = torch.device("cpu")
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_symmetric_form_is_as_exact_as_eager(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for G, coefficients in newton_schulz.examples(CPU, torch.float32):
+        want = reference(G.double(), coefficients, torch.float64)
+        eager = relative(reference(G, coefficients, dtype), want)
+        got = triton_symmetric(G, coefficients, dtype)
+        assert got.shape == G.shape
+        assert got.dtype == G.dtype
+        assert relative(got, want) <= 2 * eager + 1e-6, tuple(G.shape)
+        assert torch.equal(got, triton_symmetric(G, coefficients, dtype))
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 80), (1, 30, 170), (2, 96, 33), (1, 130, 270)])
+def test_gram_form_equals_the_definition(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    G = torch.randn(shape)
+    for coefficients in (MUON_COEFFICIENTS, POLAR_EXPRESS_COEFFICIENTS):
+        want = reference(G.double(), coefficients, torch.float64)
+        assert relative(triton_gram(G, coefficients, torch.float32), want) < 1e-4
+        assert relative(triton_gram(G, coefficients), want) < 2e-2  # float16
+
+
+def test_gram_form_survives_low_rank() -> None:
+    """Where it runs without its restart it does not."""
+    torch.manual_seed(0)
+    G = torch.randn(1, 64, 4) @ torch.randn(1, 4, 256)
+    singular = torch.linalg.svdvals(triton_gram(G, POLAR_EXPRESS_COEFFICIENTS)[0])
+    assert singular.max() < 1.25
+    assert singular[:4].min() > 0.7
+
+
+def test_squarish_matrices_keep_the_definition() -> None:
+    G = torch.randn(1, 20, 30)
+    want = triton_symmetric(G, MUON_COEFFICIENTS)
+    assert torch.equal(triton_gram(G, MUON_COEFFICIENTS), want)
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 257, 500])
+def test_symmetric_product_fills_both_triangles(size: int) -> None:
+    torch.manual_seed(0)
+    A = torch.randn(2, size, 40)
+    D = torch.randn(2, size, size)
+    D = D + D.mT
+    got = symmetric_product(A, A, D, 0.5, 2.0, 3.0)
+    want = 0.5 * (A @ A.mT) + 2 * D + 3 * torch.eye(size)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+    assert torch.equal(got, got.mT)
+
+
+def test_lower_triangle_is_numbered_exactly() -> None:
+    """The kernel's float32 root and its correction, for every tile of a 32,768-row matrix."""
+    tiles = 256
+    pid = torch.arange(tiles * (tiles + 1) // 2)
+    i = ((torch.sqrt(8.0 * pid.float() + 1.0) - 1.0) / 2.0).int()
+    i = torch.where(i * (i + 1) // 2 > pid, i - 1, i)
+    i = torch.where((i + 1) * (i + 2) // 2 <= pid, i + 1, i)
+    j = pid - i * (i + 1) // 2
+    want = torch.tril_indices(tiles, tiles)
+    assert torch.equal(i.long(), want[0])
+    assert torch.equal(j.long(), want[1])
+
+
+def test_zeros_stay_zero() -> None:
+    for call in (reference, triton_symmetric, triton_gram):
+        assert torch.equal(call(torch.zeros(1, 8, 20), MUON_COEFFICIENTS), torch.zeros(1, 8, 20))
+
+
+def test_custom_operation_keeps_its_contract() -> None:
+    A = torch.randn(2, 9, 5)
+    torch.library.opcheck(symmetric_product, (A, A, None, 1.0, 0.0, 0.0))
+
+
+def test_traces_without_a_graph_break() -> None:
+    G = torch.randn(1, 8, 40)
+    for call in (triton_symmetric, triton_gram):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(G, MUON_COEFFICIENTS), call(G, MUON_COEFFICIENTS))
