@@ -29,9 +29,19 @@ OPS = [
     attention.attention,
 ]
 CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
 ABSOLUTE = 1e-6
 CASES = [(op, name) for op in OPS for name in op.implementations]
+ON_DEVICES = [
+    pytest.param(op, name, CPU, id=f"{op.name}-{name}-cpu")
+    for op, name in CASES
+    if not op.implementations[name].needs(CPU, torch.float32)
+] + [
+    pytest.param(op, name, CUDA, id=f"{op.name}-{name}-cuda", marks=pytest.mark.gpu)
+    for op, name in CASES
+]
 TRITON_CASES = [(op, name) for op, name in CASES if name.startswith("triton")]
+HERE = CUDA if torch.cuda.is_available() else CPU  # where Triton compiles, or is interpreted
 
 
 def ids(cases: list[tuple[Op, str]]) -> list[str]:
@@ -40,7 +50,7 @@ def ids(cases: list[tuple[Op, str]]) -> list[str]:
 
 def same_layout(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A copy with the strides of x, gaps included."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x.detach())
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device).copy_(x.detach())
 
 
 def run(call: Any, args: tuple[Any, ...], exact: bool = False) -> list[torch.Tensor]:
@@ -58,7 +68,7 @@ def run(call: Any, args: tuple[Any, ...], exact: bool = False) -> list[torch.Ten
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in outputs]
-    total = sum((y.double() * w).sum() for y, w in zip(outputs, weights, strict=True))
+    total = sum((y.double() * w.to(y.device)).sum() for y, w in zip(outputs, weights, strict=True))
     assert isinstance(total, torch.Tensor)
     total.backward()
     gradients = [
@@ -90,10 +100,15 @@ def rms(x: torch.Tensor) -> float:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("op", "name"), CASES, ids=ids(CASES))
-def test_error_is_at_most_twice_that_of_eager(op: Op, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("op", "name", "device"), ON_DEVICES)
+def test_error_is_at_most_twice_that_of_eager(
+    op: Op, name: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    refusal = op.implementations[name].needs(device, dtype)
+    if refusal:
+        pytest.skip(refusal)
     torch.manual_seed(0)
-    for args in op.examples(CPU, dtype):
+    for args in op.examples(device, dtype):
         want = run(op.reference, args, exact=True)
         eager = run(op.reference, args)
         got = run(op.implementations[name].call, args)
@@ -120,7 +135,7 @@ def spread(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("op", "name"), TRITON_CASES, ids=ids(TRITON_CASES))
 def test_gradients_may_have_any_strides(op: Op, name: str) -> None:
-    for args in op.examples(CPU, torch.float32):
+    for args in op.examples(HERE, torch.float32):
         leaves = [
             arg.detach().requires_grad_()
             if isinstance(arg, torch.Tensor) and arg.is_floating_point()
@@ -130,13 +145,13 @@ def test_gradients_may_have_any_strides(op: Op, name: str) -> None:
         outputs = op.implementations[name].call(*leaves)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
-        dense = [torch.randn(y.shape) for y in outputs]
-        ones = [torch.ones(y.shape) for y in outputs]
+        dense = [torch.randn(y.shape, device=HERE) for y in outputs]
+        ones = [torch.ones(y.shape, device=HERE) for y in outputs]
         for plain, strided in (
             (dense, [permuted(dy, 0, -2) for dy in dense]),
             (dense, [spread(dense[0]), *dense[1:]]),
             (dense, [permuted(dense[0], -2, -3 % dense[0].dim()), *dense[1:]]),
-            (ones, [torch.ones(()).expand(dy.shape) for dy in ones]),
+            (ones, [torch.ones((), device=HERE).expand(dy.shape) for dy in ones]),
         ):
             want, got = (
                 torch.autograd.grad(outputs, wanted, dys, retain_graph=True, allow_unused=True)
@@ -162,7 +177,7 @@ class CustomOpCalls(TorchDispatchMode):
 
 @pytest.mark.parametrize(("op", "name"), TRITON_CASES, ids=ids(TRITON_CASES))
 def test_custom_operations_keep_their_contracts(op: Op, name: str) -> None:
-    args = next(iter(op.examples(CPU, torch.float32)))
+    args = next(iter(op.examples(HERE, torch.float32)))
     with CustomOpCalls() as recorder:
         run(op.implementations[name].call, args)
     assert recorder.calls
@@ -172,7 +187,7 @@ def test_custom_operations_keep_their_contracts(op: Op, name: str) -> None:
 
 @pytest.mark.parametrize(("op", "name"), TRITON_CASES, ids=ids(TRITON_CASES))
 def test_triton_traces_without_a_graph_break(op: Op, name: str) -> None:
-    args = next(iter(op.examples(CPU, torch.float32)))
+    args = next(iter(op.examples(HERE, torch.float32)))
     call = op.implementations[name].call
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     want, got = run(call, args), run(compiled, args)

@@ -5,17 +5,22 @@
 Shapes  q_BTHD, y: (B, T, H, D); k_BSHD, v_BSHD: (B, S, Hkv, D), H a multiple of Hkv.
         The queries are the last T valid positions: of S, or of kv_lengths_B (B,) where given.
 Dtypes  float32, bfloat16, float16; softmax in float32.
-Saves   q, k, v and the scores (reference); q, k, v, y and the row sums (sdpa).
+Saves   q, k, v and the scores (reference); q, k, v, y and the row sums (all others).
 Cost    4 D flops for each visible pair of positions and each head.
+Error   a window without a cache is refused by sdpa: its dense mask leaves the fast kernels.
+        With a cache (few queries) every implementation but the reference attends through sdpa.
 Source  arXiv:1706.03762; grouped queries arXiv:2305.13245; windows arXiv:2004.05150.
 """
 
-from collections.abc import Iterator
+import functools
+import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.workloads import HEAD_DIM, Workload
@@ -49,6 +54,20 @@ def reference(
     return (weights.to(v.dtype) @ v).transpose(1, 2)
 
 
+# cuDNN is ahead of FlashAttention-2 on Hopper (1.7 to 2.3 times in training) and behind it on SM120
+SDPA_ORDER = {
+    9: [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION],
+    12: [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION],
+}
+SDPA_LAST = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def sdpa_order(device: torch.device) -> list[SDPBackend]:
+    """Kernels that scaled_dot_product_attention tries there, in order."""
+    major = torch.cuda.get_device_capability(device)[0]
+    return SDPA_ORDER.get(major, SDPA_ORDER[12]) + SDPA_LAST
+
+
 def sdpa(
     q_BTHD: Tensor,
     k_BSHD: Tensor,
@@ -56,16 +75,141 @@ def sdpa(
     window: int | None = None,
     kv_lengths_B: Tensor | None = None,
 ) -> Tensor:
-    """torch.nn.functional.scaled_dot_product_attention; a mask only where the shape demands one."""
+    """torch.nn.functional.scaled_dot_product_attention; a mask only where there is a cache.
+
+    Raises  ValueError for a window shorter than the sequence, without a cache.
+    """
     T, S = q_BTHD.shape[1], k_BSHD.shape[1]
+    if kv_lengths_B is None and window is not None and window < S:
+        raise ValueError(
+            f"sdpa has no kernel for a window of {window} in {S} positions, only a dense mask; "
+            "choose --kernels=attention=flex, attention=varlen or a flash-attention package"
+        )
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSHD, v_BSHD))
-    gqa = q.shape[1] != k.shape[1]
-    if window is None and kv_lengths_B is None and T == S:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]}
+    if kv_lengths_B is None and T == S:
+        options["is_causal"] = True
     else:
-        mask = visible(T, S, q.device, window, kv_lengths_B)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
-    return y.transpose(1, 2)
+        options["attn_mask"] = visible(T, S, q.device, window, kv_lengths_B)
+    if q.device.type != "cuda":
+        return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+    with sdpa_kernel(sdpa_order(q.device), set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+
+@functools.cache
+def _block_mask(T: int, window: int | None, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask  # imports the compiler
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        near = query >= key
+        return near if window is None else near & (query - key < window)
+
+    return create_block_mask(mask, None, None, T, T, device=device)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(
+    q_BTHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    window: int | None = None,
+    kv_lengths_B: Tensor | None = None,
+) -> Tensor:
+    """torch's FlexAttention, compiled, which skips the blocks outside the window."""
+    if kv_lengths_B is not None or q_BTHD.shape[1] != k_BSHD.shape[1]:
+        return sdpa(q_BTHD, k_BSHD, v_BSHD, window, kv_lengths_B)
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSHD, v_BSHD))
+    block_mask = _block_mask(q.shape[2], window, q.device)
+    gqa = q.shape[1] != k.shape[1]
+    return _compiled_flex()(q, k, v, block_mask=block_mask, enable_gqa=gqa).transpose(1, 2)
+
+
+def varlen(
+    q_BTHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    window: int | None = None,
+    kv_lengths_B: Tensor | None = None,
+) -> Tensor:
+    """torch's own FlashAttention-2 with a window, through torch.nn.attention.varlen."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, T, H, _ = q_BTHD.shape
+    if kv_lengths_B is not None or k_BSHD.shape[1] != T:
+        return sdpa(q_BTHD, k_BSHD, v_BSHD, window, kv_lengths_B)
+    groups = H // k_BSHD.shape[2]
+    q, k, v = (x.flatten(0, 1) for x in (q_BTHD, k_BSHD, v_BSHD))
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+    left = -1 if window is None else window - 1
+    y = varlen_attn(q, k, v, starts, starts, T, T, window_size=(left, 0))
+    assert isinstance(y, Tensor)
+    return y.view_as(q_BTHD)
+
+
+# implementation -> module whose flash_attn_func it calls
+FLASH_MODULES = {
+    "fa2": "flash_attn.flash_attn_interface",
+    "fa4": "flash_attn.cute",
+    "fa3": "flash_attn_interface",
+}
+
+
+def flash(
+    module: str,
+    q_BTHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    window: int | None = None,
+    kv_lengths_B: Tensor | None = None,
+) -> Tensor:
+    """flash_attn_func of an installed flash-attention package."""
+    if kv_lengths_B is not None or q_BTHD.shape[1] != k_BSHD.shape[1]:
+        return sdpa(q_BTHD, k_BSHD, v_BSHD, window, kv_lengths_B)
+    call = importlib.import_module(module).flash_attn_func
+    sides = {} if window is None else {"window_size": (window - 1, 0)}
+    y = call(q_BTHD, k_BSHD, v_BSHD, causal=True, **sides)
+    return y[0] if isinstance(y, tuple) else y  # some versions add the row sums
+
+
+def needs_cuda(device: torch.device, dtype: torch.dtype) -> str:
+    """Reason why a CUDA kernel of 16-bit types cannot run there, or ""."""
+    if device.type != "cuda":
+        return f"needs a CUDA device, not {device.type}"
+    return "" if dtype.itemsize == 2 else f"takes bfloat16 and float16, not {dtype}"
+
+
+def needs_package(module: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Reason why flash_attn_func of `module` cannot run there, or ""."""
+    reason = needs_cuda(device, dtype)
+    if reason:
+        return reason
+    try:
+        call = getattr(importlib.import_module(module), "flash_attn_func", None)
+    except ImportError as error:
+        return f"{module} is not installed ({error})"
+    return "" if call is not None else f"{module} has no flash_attn_func"
+
+
+def flash_on_hopper(device: torch.device, dtype: torch.dtype) -> str:
+    """Reason against FlashAttention-3 and 4 unasked, or "": they are written for Hopper and up."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    if 9 <= major < 12:
+        return ""
+    return "made for Hopper and data-center Blackwell; behind FlashAttention-2 elsewhere"
+
+
+def only_windows(device: torch.device, dtype: torch.dtype) -> str:
+    """Reason against an implementation that windows alone make worthwhile."""
+    return "behind sdpa without a window"
 
 
 def cost(
@@ -85,11 +229,11 @@ def cost(
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    """One token, grouped heads, a window, a cache of unequal lengths, then d12's heads."""
+    """One token, grouped heads, caches (one with a window), then d12's heads."""
     for B, T, S, H, Hkv, D, window, lengths in (
         (1, 1, 1, 1, 1, 8, None, None),
         (2, 17, 17, 4, 2, 64, None, None),
-        (2, 19, 19, 2, 1, 32, 7, None),
+        (2, 3, 19, 2, 1, 32, 7, (19, 8)),
         (2, 3, 16, 4, 2, 32, None, (9, 16)),
         (1, 64, 64, 6, 6, 128, None, None),
     ):
@@ -111,5 +255,18 @@ def workload(w: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Ten
     )
 
 
+def _flash_call(name: str) -> Callable[..., Tensor]:
+    return functools.partial(flash, FLASH_MODULES[name])
+
+
+def _flash_needs(name: str) -> Callable[[torch.device, torch.dtype], str]:
+    return functools.partial(needs_package, FLASH_MODULES[name])
+
+
 attention = Op("attention", reference, cost, examples, workload)
+attention.add("flex", flex, needs_cuda, only_windows)
+attention.add("varlen", varlen, needs_cuda, only_windows)
+attention.add("fa2", _flash_call("fa2"), _flash_needs("fa2"), only_windows)
 attention.add("sdpa", sdpa)
+attention.add("fa4", _flash_call("fa4"), _flash_needs("fa4"), flash_on_hopper)
+attention.add("fa3", _flash_call("fa3"), _flash_needs("fa3"), flash_on_hopper)
