@@ -12,7 +12,7 @@ FLOORS = (
     "configurator common hardware tracking",
     "kernels",
     "gpt scaling schedule collectives adamw muon tokenizer_base tokenizer chat_format"
-    " hub_dataset embedded_corpus dataset dataloader",
+    " hub_dataset embedded_corpus dataset dataloader conversation_loader",
     "stage train_step checkpoint_manager checkpoint_reader engine execution loss_eval core_eval"
     " memory profiler report",
 )
