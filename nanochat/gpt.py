@@ -286,8 +286,12 @@ class GPT(nn.Module):
         matrix_lr: float,
         weight_decay: float,
         distributed: bool,
+        newton_schulz: str = "muon",
     ) -> list[AdamW | Muon]:
-        """AdamW for embedding and head (rates scaled by width), Muon for the blocks' matrices."""
+        """AdamW for embedding and head (rates scaled by width), Muon for the blocks' matrices.
+
+        newton_schulz  coefficients of Muon: "muon" or "polar_express".
+        """
         scale = scaling.adamw_rate_scale(self.config.n_embd)
         adamw_groups = [
             {"params": [self.wte.weight], "lr": embedding_lr * scale},
@@ -303,8 +307,4 @@ class GPT(nn.Module):
         adamw = adamw_type(
             adamw_groups, lr=embedding_lr, betas=(0.8, 0.95), eps=1e-10, weight_decay=weight_decay
         )
-        muon = muon_type(muon_groups, lr=matrix_lr)
-        for optimizer in (adamw, muon):
-            for group in optimizer.param_groups:
-                group["initial_lr"] = group["lr"]
-        return [adamw, muon]
+        return [adamw, muon_type(muon_groups, lr=matrix_lr, coefficients=newton_schulz)]

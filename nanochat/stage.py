@@ -4,6 +4,8 @@ A stage's script keeps its loop; the state that a checkpoint must hold lives her
 """
 
 import math
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,11 +15,13 @@ import torch
 
 from nanochat import checkpoint_manager, hardware, scaling
 from nanochat.adamw import AdamW
-from nanochat.common import Runtime, print0
+from nanochat.common import Runtime, StopRequest, print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels.registry import Choice
 from nanochat.muon import Muon
-from nanochat.profiler import Meter, Peaks
+from nanochat.profiler import Meter, Peaks, peak_memory_gib
+from nanochat.tokenizer_base import Tokenizer
+from nanochat.tracking import Tracker
 
 
 def model_config(depth: int, n_kv_head: int, sequence_len: int, vocab_size: int) -> GPTConfig:
@@ -41,6 +45,26 @@ def build_model(config: GPTConfig, runtime: Runtime, seed: int) -> GPT:
     model.to_empty(device=runtime.device)
     model.init_weights(seed)
     return model
+
+
+def load_pretrained(
+    spec: str, stage: str, runtime: Runtime, tokenizer: Tokenizer, tag: str = ""
+) -> tuple[GPT, dict[str, Any], Path]:
+    """The model of a checkpoint of `stage` on the device, its meta and its folder.
+
+    Raises  ValueError where there is none, or it was trained with another tokenizer.
+    """
+    path = checkpoint_manager.find(spec or None, stage, runtime.base_dir, tag or None)
+    meta = checkpoint_manager.load_meta(path)
+    checkpoint_manager.check_compatible(
+        meta,
+        meta["model_config"] | {"vocab_size": tokenizer.get_vocab_size()},
+        tokenizer_fingerprint=tokenizer.fingerprint(),
+    )
+    model = build_model(GPTConfig(**meta["model_config"]), runtime, runtime.seed)
+    model.load_state_dict(checkpoint_manager.load_model_state(path, runtime.device))
+    print0(f"loaded {path}")
+    return model, meta, path
 
 
 def device_peaks(runtime: Runtime) -> Peaks:
@@ -141,6 +165,51 @@ class TrainState:
         self.min_bpb = state["min_bpb"]
         self.loader_state = state["loader"]
         print0(f"resuming from {path}")
+
+    def check_finite(self, loss: float, grad_norm: float, runtime: Runtime) -> None:
+        """Leave the program, checkpoints untouched, where a step made the weights useless."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            sys.exit(
+                f"step {self.step}: loss {loss}, gradient norm {grad_norm}: the weights are lost. "
+                f"The last checkpoint in {self.directory(runtime)} is untouched: --resume from it "
+                "with lower rates or --grad_clip=1.0"
+            )
+
+    def finish(
+        self,
+        tracker: Tracker,
+        runtime: Runtime,
+        stop: StopRequest | None,
+        keep_last: int,
+        started: float,
+        **values: object,
+    ) -> None:
+        """End of a stage: the "end" record; or, where `stop` ended it early, a checkpoint.
+
+        started  time.perf_counter() when the loop began; values go into the record.
+        """
+        if stop is None:
+            tracker.log(
+                "end",
+                self.step,
+                wall_seconds=time.perf_counter() - started,
+                train_seconds=self.meter.seconds,
+                peak_memory_gib=peak_memory_gib(runtime),
+                **values,
+            )
+            print0(f"done: {self.directory(runtime)}")
+        else:
+            self.save(runtime, keep_last)
+            print0(f"{stop.name}: saved step {self.step}; go on with --resume")
+        tracker.close()
+        runtime.close()
+        if stop is not None:
+            sys.exit(stop.exit_code)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done `every` steps (never if not positive) is due at `step`."""
+    return step > 0 and every > 0 and step % every == 0
 
 
 def choices_record(choices: Sequence[Choice]) -> dict[str, str]:

@@ -6,11 +6,10 @@ python -m scripts.base_loss --checkpoint=base_checkpoints/latest.pt
 import itertools
 from dataclasses import dataclass
 
-from nanochat import checkpoint_manager, configurator, stage
+from nanochat import configurator, stage
 from nanochat.common import print0, setup_training
 from nanochat.dataloader import CUDAPrefetcher, DataLoader
 from nanochat.dataset import resolve_data_dir
-from nanochat.gpt import GPTConfig
 from nanochat.kernels.registry import format_choices, select
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
@@ -41,18 +40,10 @@ def main() -> None:
     settings = configurator.load(Settings)
     runtime = setup_training(settings.device)
     print0(format_choices(select(settings.kernels, runtime.device, runtime.dtype)))
-    path = checkpoint_manager.find(
-        settings.checkpoint or None, "base", runtime.base_dir, settings.model_tag or None
-    )
-    meta = checkpoint_manager.load_meta(path)
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
-    checkpoint_manager.check_compatible(
-        meta,
-        meta["model_config"] | {"vocab_size": tokenizer.get_vocab_size()},
-        tokenizer_fingerprint=tokenizer.fingerprint(),
+    model, meta, path = stage.load_pretrained(
+        settings.checkpoint, "base", runtime, tokenizer, settings.model_tag
     )
-    model = stage.build_model(GPTConfig(**meta["model_config"]), runtime, runtime.seed)
-    model.load_state_dict(checkpoint_manager.load_model_state(path, runtime.device))
     model.eval()
     token_bytes = get_token_bytes(runtime.device, settings.tokenizer_dir or None)
     data_dir = resolve_data_dir(settings.dataset, settings.data_dir, runtime.base_dir)

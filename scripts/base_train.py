@@ -5,8 +5,6 @@ torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth=20
 """
 
 import itertools
-import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,6 +19,7 @@ from nanochat.dataset import resolve_data_dir
 from nanochat.kernels.registry import format_choices, select
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.profiler import Meter, console_line, peak_memory_gib
+from nanochat.stage import due
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.tracking import Tracker
 from nanochat.train_step import set_rates, train_step
@@ -58,6 +57,7 @@ class Settings:
     embedding_lr: float = 0.2  # AdamW rate of the embedding at width 768
     unembedding_lr: float = 0.004  # AdamW rate of the head at width 768
     matrix_lr: float = 0.02  # Muon rate of the matrices
+    newton_schulz: str = "muon"  # coefficients of Muon's Newton-Schulz: muon or polar_express
     weight_decay: float = 0.0  # decoupled decay of embedding and head
     grad_clip: float = 0.0  # largest global gradient norm; 0 does not clip
     warmup_ratio: float = 0.0  # share of the run in which the rates rise
@@ -107,6 +107,7 @@ def main() -> None:
             settings.matrix_lr,
             settings.weight_decay,
             distributed=runtime.world_size > 1,
+            newton_schulz=settings.newton_schulz,
         ),
         meter,
         stage="base",
@@ -219,32 +220,12 @@ def main() -> None:
         values |= {"memory_gib": peak_memory_gib(runtime)}
         tracker.log("train", step, **values)
         print0(console_line(step, meter.num_iterations, values))
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            sys.exit(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}: the weights are lost. "
-                f"The last checkpoint in {state.directory(runtime)} is untouched: --resume from it "
-                "with lower rates or --grad_clip=1.0"
-            )
+        state.check_finite(loss, grad_norm, runtime)
         state.step += 1
 
     batches.close()
-    if last:
-        tracker.log(
-            "end",
-            state.step,
-            wall_seconds=time.perf_counter() - started,
-            train_seconds=meter.seconds,
-            peak_memory_gib=peak_memory_gib(runtime),
-            min_bpb=state.min_bpb,
-        )
-        print0(f"done: min validation bpb {state.min_bpb:.4f}, see {state.directory(runtime)}")
-    else:
-        state.save(runtime, settings.keep_last)
-        print0(f"{stop.name}: saved step {state.step}; go on with --resume")
-    tracker.close()
-    runtime.close()
-    if not last:
-        sys.exit(stop.exit_code)
+    early = None if last else stop
+    state.finish(tracker, runtime, early, settings.keep_last, started, min_bpb=state.min_bpb)
 
 
 def build_meter(
@@ -267,11 +248,6 @@ def build_meter(
         runtime.world_size,
         num_iterations,
     )
-
-
-def due(step: int, every: int) -> bool:
-    """Whether something done `every` steps (never if not positive) is due at `step`."""
-    return step > 0 and every > 0 and step % every == 0
 
 
 if __name__ == "__main__":
