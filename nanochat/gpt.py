@@ -224,6 +224,11 @@ class GPT(nn.Module):
             cache.lengths += T
         return y
 
+    def head(self, y: Tensor) -> Tensor:
+        """Softcapped float32 logits (..., V) of final states (..., C)."""
+        weight = self.lm_head.weight.to(y.dtype)
+        return softcapped_logits(y, weight, SOFTCAP, self.config.vocab_size)
+
     def forward(
         self,
         idx_BT: Tensor,
@@ -233,9 +238,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Loss where targets are given (ids, -1 = none), otherwise float32 logits (B, T, V)."""
         y = self.hidden(idx_BT, cache)
-        weight, vocab_size = self.lm_head.weight.to(y.dtype), self.config.vocab_size
         if targets_BT is None:
-            return softcapped_logits(y, weight, SOFTCAP, vocab_size)
+            return self.head(y)
+        weight, vocab_size = self.lm_head.weight.to(y.dtype), self.config.vocab_size
         return linear_cross_entropy(y, weight, targets_BT, SOFTCAP, vocab_size, loss_reduction)
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Bits per byte: a loss that does not depend on the vocabulary.
+"""Losses over batches: bits per byte, which does not depend on the vocabulary, and plain nats.
 
 bpb = sum of nats over the targets / (ln 2 * bytes of the targets)
 """
@@ -37,3 +37,21 @@ def evaluate_bpb(
     if total_bytes.item() == 0:
         return math.inf
     return nats.item() / (math.log(2) * total_bytes.item())
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]], runtime: Runtime
+) -> float:
+    """Nats per target of `model` over (inputs, targets) batches, over all ranks; -1 is no target.
+
+    Returns  inf if there is no target.
+    """
+    nats = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    count = torch.zeros((), dtype=torch.int64, device=runtime.device)
+    for inputs, targets in batches:
+        nats += model(inputs, targets, loss_reduction="sum").double()
+        count += (targets >= 0).sum()
+    runtime.all_reduce(nats)
+    runtime.all_reduce(count)
+    return nats.item() / count.item() if count.item() else math.inf
