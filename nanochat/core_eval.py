@@ -113,7 +113,7 @@ def make_example(
 
 @torch.inference_mode()
 def is_right(model: GPT, examples: Sequence[Example], by_loss: bool) -> list[bool]:
-    """Whether the model answers each example rightly; all of one kind, scored together.
+    """Whether the model answers each example rightly; one of `batches`, scored together.
 
     by_loss  the gold row must have the least mean loss; otherwise every token must be likeliest.
     """
@@ -187,23 +187,36 @@ def evaluate_task(
     limit = model.config.sequence_len
     examples = [make_example(tokenizer, task, data, index, limit) for index in indices]
     by_loss = task.kind != "language_modeling"
-    right = sum(sum(is_right(model, batch, by_loss)) for batch in _batches(examples, batch_tokens))
+    right = sum(
+        sum(is_right(model, batch, by_loss)) for batch in batches(examples, batch_tokens, limit)
+    )
     counts = torch.tensor([right, len(examples)], device=runtime.device)
     total_right, total = runtime.all_reduce(counts).tolist()
     return total_right / total
 
 
-def _batches(examples: list[Example], batch_tokens: int) -> Iterator[list[Example]]:
-    """Examples of similar length together, at most batch_tokens positions, at least one."""
+def batches(
+    examples: Sequence[Example], batch_tokens: int, sequence_len: int
+) -> Iterator[list[Example]]:
+    """Examples of similar length together: at most batch_tokens positions, at least one example.
+
+    The longest shared part and the longest rest of a batch fit sequence_len one behind the other:
+    rows are padded to that.
+    """
     batch: list[Example] = []
-    tokens = 0
+    rows = shared = rest = 0
     for example in sorted(examples, key=lambda e: (e.num_shared, max(e.ends))):
-        width = len(example.rows) * max(example.ends)
-        if batch and tokens + width > batch_tokens:
+        new_rows = rows + len(example.rows)
+        new_shared = max(shared, example.num_shared)
+        new_rest = max(rest, max(example.ends) - example.num_shared)
+        width = new_shared + new_rest
+        if batch and (new_rows * width > batch_tokens or width > sequence_len):
             yield batch
-            batch, tokens = [], 0
+            batch, new_rows = [], len(example.rows)
+            new_shared = example.num_shared
+            new_rest = max(example.ends) - example.num_shared
         batch.append(example)
-        tokens += width
+        rows, shared, rest = new_rows, new_shared, new_rest
     if batch:
         yield batch
 

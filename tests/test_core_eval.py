@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from nanochat.common import Runtime, setup_training
 from nanochat.core_bundle import CoreTask, get_bundle, load_tasks
-from nanochat.core_eval import centred, evaluate_task, is_right, make_example, prompts
+from nanochat.core_eval import batches, centred, evaluate_task, is_right, make_example, prompts
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -164,6 +164,20 @@ def test_few_shots_are_others_and_as_many_as_there_are(tmp_path: Path, tokenizer
     data = task.load()
     text = tokenizer.decode(make_example(tokenizer, task, data, 3, 100_000).rows[0])
     assert text.count("\n\n") == len(data) - 1
+
+
+def test_batches_fit_the_context(tmp_path: Path, tokenizer: Any, model: GPT) -> None:
+    """A row with a long prefix beside one with a long rest would be padded beyond the context."""
+    task = core_task(tmp_path, "schema", 9)
+    data = task.load()
+    examples = [make_example(tokenizer, task, data, i, 160) for i in range(len(data))]
+    limit = max(max(example.ends) for example in examples)
+    together = list(batches(examples, 10**6, limit))
+    assert sum(len(batch) for batch in together) == len(examples)
+    assert 1 < len(together) < len(examples)
+    for batch in together:
+        rest = max(max(e.ends) - e.num_shared for e in batch)
+        assert max(e.num_shared for e in batch) + rest <= limit
 
 
 @pytest.mark.parametrize("kind", KINDS)
