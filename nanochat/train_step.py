@@ -4,8 +4,8 @@ The loss is normalised by the number of valid targets of the whole step, over al
 ranks, so that a batch with few targets does not weigh more than its tokens.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,22 +23,30 @@ class StepResult(NamedTuple):
     grad_norm: Tensor  # of the whole gradient, before clipping
 
 
+def cross_entropy_sum(model: torch.nn.Module, micro_batch: tuple[Tensor, ...]) -> Tensor:
+    """Nats of all targets together."""
+    inputs, targets = micro_batch
+    return model(inputs, targets, loss_reduction="sum")
+
+
 def train_step(
     model: torch.nn.Module,
     optimizers: Sequence[AdamW | Muon],
-    micro_batches: Sequence[tuple[Tensor, Tensor]],
+    micro_batches: Sequence[tuple[Any, ...]],
     runtime: Runtime,
     grad_clip: float = 0.0,
+    loss_sum: Callable[[torch.nn.Module, Any], Tensor] = cross_entropy_sum,
 ) -> StepResult:
-    """Train on (inputs, targets) micro-batches and update the parameters once.
+    """Train on micro-batches (inputs, targets, ...) and update the parameters once.
 
     grad_clip  largest global gradient norm; 0 leaves the gradient as it is.
+    loss_sum   of the valid targets of one micro-batch.
     """
-    valid = torch.stack([(targets != IGNORE_INDEX).sum() for _, targets in micro_batches]).sum()
+    valid = torch.stack([(batch[1] != IGNORE_INDEX).sum() for batch in micro_batches]).sum()
     valid = runtime.all_reduce(valid.float()).clamp(min=1)
     total = torch.zeros((), device=runtime.device)
-    for inputs, targets in micro_batches:
-        loss = model(inputs, targets, loss_reduction="sum") / valid
+    for batch in micro_batches:
+        loss = loss_sum(model, batch) / valid
         # the optimizers average over ranks, and `valid` already counts all of them
         (loss * runtime.world_size).backward()
         total += loss.detach()
