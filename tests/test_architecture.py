@@ -24,7 +24,7 @@ ENTRY_POINTS = ("scripts", "bench", "experiments")
 
 # Raising a limit is a change that a reviewer sees; the fix is usually a second idea in the file.
 LINE_LIMITS = {
-    "nanochat/kernels": 280,
+    "nanochat/kernels": 300,
     "nanochat": 350,
     "scripts": 290,
     "tasks": 200,
