@@ -8,7 +8,7 @@ a file of their own. `bench/tune.py` rewrites them from measurements.
 import contextlib
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +28,14 @@ SELECTORS = ("up_to", "element_size", "origin")
 
 @dataclass
 class Recorder:
-    """Collects launches instead of running them, as if on a GPU of `architecture`."""
+    """Collects launches instead of running them, as if on a GPU of `architecture`.
+
+    lookups  kernel name, size and element size of each configuration asked for.
+    """
 
     architecture: str
     launches: list["Launch"] = field(default_factory=list)
+    lookups: list[tuple[str, int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,21 @@ def worth_compiling(device: torch.device, dtype: torch.dtype) -> str:
     return "" if device.type == "cuda" else "interpreted: exact, and thousands of times slower"
 
 
+def preferred(op: str, implementation: str) -> Callable[[torch.device, torch.dtype], str]:
+    """`auto` of one of several Triton implementations: the tables name the one to take.
+
+    The reason against the others is the origin that the entry "<op>.auto" gives.
+    """
+
+    def reason(device: torch.device, dtype: torch.dtype) -> str:
+        entry = table(architecture_of(device))[f"{op}.auto"][0]
+        if entry["implementation"] != implementation:
+            return f"{entry['implementation']} is preferred: {entry['origin']}"
+        return worth_compiling(device, dtype)
+
+    return reason
+
+
 @functools.cache
 def architecture_of(device: torch.device) -> str:
     """Name of the configuration table for a device: sm_90, sm_120, ... or generic."""
@@ -120,6 +139,8 @@ def config(name: str, like: torch.Tensor, size: int) -> dict[str, int]:
     """
     recorder = _recorder.get()
     architecture = recorder.architecture if recorder else architecture_of(like.device)
+    if recorder:
+        recorder.lookups.append((name, size, like.element_size()))
     for entry in table(architecture)[name]:
         fits = like.element_size() == entry.get("element_size", like.element_size())
         if fits and size <= entry.get("up_to", size):
