@@ -1,45 +1,19 @@
 """AdamW on one process, and sharded over the ranks of a process group (DistAdamW).
 
-Both run `adamw_`; they differ only in how gradients come in and weights go out (collectives.py).
+Both run the operation `adamw_step`; they differ only in how gradients come in and weights go out
+(collectives.py).
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanochat.collectives import Bucket, BucketOptimizer, Piece, ShardedBuckets
+from nanochat.kernels.adamw_step import adamw_step
 
 # Below this many elements a parameter shares a bucket: sending it costs latency, not bandwidth.
 SMALL_NUMEL = 65_536
-
-
-def adamw_(
-    weight: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: int,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """Step `step` (from 1) of AdamW in place, on float32 tensors of one shape.
-
-    m <- lerp(m, g, 1 - b1);  v <- b2 v + (1 - b2) g^2
-    w <- w (1 - lr wd) - lr m' / (sqrt(v') + eps)
-    with m' = m / (1 - b1^step) and v' = v / (1 - b2^step): eps is added after the bias correction.
-    Source: arXiv:1711.05101, algorithm 2; torch.optim.AdamW, operation by operation.
-    """
-    beta1, beta2 = betas
-    weight.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(gradient, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
-    weight.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
 
 
 class AdamW(BucketOptimizer):
@@ -71,19 +45,19 @@ class AdamW(BucketOptimizer):
         return {"step": 0, "exp_avg": bucket.new_state(), "exp_avg_sq": bucket.new_state()}
 
     def update(self, bucket: Bucket, weight: Tensor, gradient: Tensor) -> None:
-        """adamw_ with the group's rates."""
+        """adamw_step with the group's rates."""
         state, group = bucket.state, self.param_groups[bucket.group_index]
         state["step"] += 1
-        adamw_(
+        adamw_step(
             weight,
             gradient,
             state["exp_avg"],
             state["exp_avg_sq"],
             state["step"],
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            group["lr"],
+            group["betas"],
+            group["eps"],
+            group["weight_decay"],
         )
 
 

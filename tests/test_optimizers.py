@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from nanochat.adamw import AdamW, adamw_
+from nanochat.adamw import AdamW
 from nanochat.collectives import BucketOptimizer
+from nanochat.kernels.adamw_step import adamw_step
 from nanochat.kernels.newton_schulz import (
     MUON_COEFFICIENTS,
     POLAR_EXPRESS_COEFFICIENTS,
@@ -66,7 +67,7 @@ def test_adamw_adds_eps_after_the_bias_correction() -> None:
     # First step, gradient g: m' = g and v' = g^2, so with eps = g the step is lr / 2 exactly. With
     # eps inside the correction it would be lr / (1 + 1 / sqrt(1 - b2)) = 0.18 lr.
     weight, gradient = torch.zeros(1), torch.full((1,), 1e-6)
-    adamw_(
+    adamw_step.reference(
         weight, gradient, torch.zeros(1), torch.zeros(1), 1,
         lr=1.0, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.0,
     )  # fmt: skip

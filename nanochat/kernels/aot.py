@@ -30,6 +30,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from nanochat.kernels import (  # noqa: F401  registers every operation
+    adamw_step,
     attention,
     linear_cross_entropy,
     newton_schulz,
@@ -77,7 +78,7 @@ def record(op: Op, name: str, target: str, workload: str, dtype: torch.dtype) ->
     with recording(target) as recorder:
         outputs = op.implementations[name].call(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        total = [y.float().sum() for y in outputs if y.requires_grad]
+        total = [y.float().sum() for y in outputs if y is not None and y.requires_grad]
         if total:
             torch.stack(total).sum().backward()
     return recorder.launches

@@ -160,7 +160,7 @@ def probe(op: Op, implementation: Implementation, device: torch.device, dtype: t
     try:
         outputs = implementation.call(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        totals = [y.float().sum() for y in outputs if y.requires_grad]
+        totals = [y.float().sum() for y in outputs if y is not None and y.requires_grad]
         if totals:
             torch.stack(totals).sum().backward()
         if device.type == "cuda":
