@@ -131,6 +131,15 @@ def _blocks_of(path: Path) -> list[RowBlock]:
     return [RowBlock(path, i, 0, count) for i, count in enumerate(counts) if count]
 
 
+def identity(blocks: list[RowBlock]) -> str:
+    """A digest of which documents the blocks are: names and sizes of files, groups, rows."""
+    lines = [
+        f"{b.path.name} {b.path.stat().st_size} {b.row_group} {b.row_start} {b.row_stop}\n"
+        for b in blocks
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
 def share(blocks: list[RowBlock], rank: int, world_size: int) -> list[RowBlock]:
     """The blocks of one rank: every world_size-th, after cutting them where there are too few.
 

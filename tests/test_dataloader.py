@@ -142,6 +142,16 @@ def test_a_state_of_another_run_is_refused(three_shards: Path) -> None:
         loader(three_shards, world_size=2, state=state)
 
 
+def test_a_state_of_other_data_is_refused(three_shards: Path, tmp_path: Path) -> None:
+    """As many documents in as many shards, but not the same ones."""
+    first = loader(three_shards)
+    state = next(first).state
+    first.close()
+    shards = [documents(100, 10), documents(10, 7), documents(17, 8)]
+    with pytest.raises(ValueError, match="saved with data = .*resume with the data"):
+        loader(write(tmp_path / "other", shards), state=state)
+
+
 def damage(path: Path, kind: str) -> None:
     if kind == "cut":
         path.write_bytes(path.read_bytes()[:-20])
