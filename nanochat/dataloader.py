@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,14 @@ class Batch(NamedTuple):
     inputs: Tensor
     targets: Tensor
     state: dict[str, Any]
+
+
+class Batches(Protocol):
+    """What hands out batches and can be closed: a DataLoader, or another source of them."""
+
+    def __next__(self) -> Batch: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass
@@ -255,7 +263,7 @@ class CUDAPrefetcher:
     On other devices it hands batches on as they are.
     """
 
-    def __init__(self, loader: DataLoader, device: torch.device) -> None:
+    def __init__(self, loader: Batches, device: torch.device) -> None:
         self.loader = loader
         self.device = device
         self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -52,10 +52,15 @@ def load_pretrained(
 ) -> tuple[GPT, dict[str, Any], Path]:
     """The model of a checkpoint of `stage` on the device, its meta and its folder.
 
-    Raises  ValueError where there is none, or it was trained with another tokenizer.
+    Raises  ValueError where there is none, or it is of another stage or another tokenizer.
     """
     path = checkpoint_manager.find(spec or None, stage, runtime.base_dir, tag or None)
     meta = checkpoint_manager.load_meta(path)
+    if meta.get("stage", stage) != stage:
+        raise ValueError(
+            f"checkpoint {path} is of stage {meta['stage']}, not {stage}; name one below "
+            f"{checkpoint_manager.stage_dir(runtime.base_dir, stage)}, or its stage with --source"
+        )
     checkpoint_manager.check_compatible(
         meta,
         meta["model_config"] | {"vocab_size": tokenizer.get_vocab_size()},
@@ -125,6 +130,7 @@ class TrainState:
             "min_bpb": self.min_bpb,
         }
         meta = self.meta | {
+            "stage": self.stage,
             "model_config": asdict(self.model.config),
             "num_iterations": self.meter.num_iterations,
         }

@@ -47,7 +47,7 @@ def documented_commands() -> list[str]:
 def script_call(words: list[str]) -> tuple[str, list[str]] | None:
     """("scripts.base_train", its arguments), however the script is started."""
     for i, word in enumerate(words):
-        if words[i - 1] == "-m" and word.startswith(("scripts.", "nanochat.", "dev.")):
+        if words[i - 1] == "-m" and word.startswith(("scripts.", "nanochat.", "dev.", "bench.")):
             return word, words[i + 1 :]
         if match := re.fullmatch(r"((?:scripts|nanochat)/\w+)\.py", word):
             return match[1].replace("/", "."), words[i + 1 :]
@@ -77,7 +77,7 @@ def test_documented_command(command):
     if module.startswith("scripts."):
         settings = __import__(module, fromlist=["Settings"]).Settings
         configurator.load(settings, arguments)  # exits with 2 for a flag that does not exist
-    elif module.startswith("nanochat."):
+    elif module.startswith(("nanochat.", "bench.")):
         for word in arguments:
             if word.startswith("-"):
                 flag = word.partition("=")[0]

@@ -215,7 +215,7 @@ def workload(
 ) -> tuple[Tensor, Coefficients, torch.dtype]:
     """One MLP matrix of every layer, in float32 as gradients are; steps in `dtype`."""
     G_LMN = torch.randn(w.layers, w.width, 4 * w.width, device=device)
-    return G_LMN, POLAR_EXPRESS_COEFFICIENTS, dtype
+    return G_LMN, MUON_COEFFICIENTS, dtype
 
 
 def other_rounding(device: torch.device, dtype: torch.dtype) -> str:

@@ -1,0 +1,195 @@
+"""Measure every contender of an operation at one size: check first, then time together.
+
+Passes  forward (as in training, so with what it saves), backward, both (their sum). Operations
+        without a gradient have the forward pass only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import cases, rows
+from bench.cases import Case
+from bench.configurations import uses
+from bench.contenders import COMPILE, EAGER, FAILURES, OURS, PEER, Contender, contenders, first_line
+from bench.measure import free, interleave, peak_memory, summarise
+from bench.peers import MisfitError
+from bench.rows import MISSING, REFUSED, TIMED, UNSAVED, Row, speedup
+from bench.session import Session
+from nanochat.kernels.registry import Cost, Op
+from nanochat.kernels.roofline import bound, speed_of_light
+from nanochat.kernels.workloads import Workload
+
+# Least work of a pass as (FLOPs, bytes) in forward passes: two products for each of the forward's,
+# and a backward that reads and writes no less than the forward did. Every operation does more.
+PASSES = {"forward": (1, 1), "backward": (2, 1), "both": (3, 2)}
+
+
+@dataclass
+class Entry:
+    """A contender on its way: a reason as soon as it is out, samples at the end."""
+
+    contender: Contender
+    status: str = TIMED
+    reason: str = ""
+    peak_bytes: int | None = None
+    samples: list[list[float]] = field(default_factory=list)
+
+    def out(self, status: str, reason: str) -> None:
+        """It will not be timed."""
+        self.status, self.reason = status, reason
+
+
+def judge(op: Op, workload: Workload, session: Session) -> list[Row]:
+    """Rows of every contender and pass of one operation at one size."""
+    device, dtype = session.runtime.device, session.runtime.dtype
+    torch._dynamo.reset()  # beyond a few shapes of one function it falls back to eager, unasked
+    torch.manual_seed(session.runtime.seed)
+    entries = [Entry(contender) for contender in contenders(op, device, dtype)]
+    for entry in entries:
+        if entry.contender.missing:
+            entry.out(MISSING, entry.contender.missing)
+    case = cases.make_case(op, workload, device, dtype)
+    check(op, workload, case, entries, session)
+    timed = {e.contender.name: e for e in entries if e.status == TIMED}
+    if timed:
+        stages = {name: case.stages(_call(entry)) for name, entry in timed.items()}
+        samples = interleave(stages, session.timer, session.seconds)
+        for name, entry in timed.items():
+            entry.samples = samples[name]
+    cost = op.cost(*case.arguments)
+    shared = session.machine | rows.clocks(device) | {
+        "kind": "kernel",
+        "op": op.name,
+        "workload": workload.name,
+        "dtype": session.dtype,
+        "tokens": workload.tokens,
+        "shapes": _shapes(case),
+    }  # fmt: skip
+    names = list(PASSES) if case.leaves else ["forward"]
+    found = []
+    for name in names:
+        whole = {"whole": name == names[-1]}  # the pass that counts
+        found += _pass_rows(name, entries, cost, shared | whole, session)
+    for row in found:
+        row["config"] = _configuration(op, workload, row, session)
+    return found
+
+
+def check(
+    op: Op, workload: Workload, case: Case, entries: Sequence[Entry], session: Session
+) -> None:
+    """Put out every contender that fails, is wrong, or does not fit the memory.
+
+    Eager goes first: it is the measure, at full size too where it fits.
+    """
+    device, dtype = session.runtime.device, session.runtime.dtype
+    small = cases.check_case(op, workload, device, dtype)
+    exact = small.exact().results(op.reference)
+    eager_small = small.results(op.reference)
+    errors = cases.relative_errors(eager_small, exact)
+    eager: list[Tensor] | None = None
+    for entry in entries:
+        if entry.status != TIMED:
+            continue
+        call, role = _call(entry), entry.contender.role
+        try:
+            # compiled once, for the size it is timed at, unless eager cannot vouch for it there
+            if role != EAGER and (role != COMPILE or eager is None):
+                reason = cases.refusal(small.results(call), eager_small, exact)
+                if reason:
+                    entry.out(REFUSED, reason)
+                    continue
+            results = case.results(call)
+            if role == EAGER:
+                eager = results
+            reason = cases.refusal_at_full_size(results, eager, errors) if eager else ""
+            if reason:
+                entry.out(REFUSED, reason)
+                continue
+            del results
+            entry.peak_bytes = peak_memory(case.stages(call), device)
+        except MisfitError as error:
+            entry.out(MISSING, str(error))
+        except FAILURES as error:
+            entry.out(REFUSED, first_line(error))
+        if entry.status == REFUSED:
+            free(device)
+
+
+def _call(entry: Entry) -> Any:
+    assert entry.contender.call is not None
+    return entry.contender.call
+
+
+def _pass_rows(
+    name: str, entries: Sequence[Entry], cost: Cost, shared: Row, session: Session
+) -> list[Row]:
+    found = []
+    for entry in entries:
+        contender = entry.contender
+        implementation = "reference" if contender.role == EAGER else contender.name
+        can_be_auto = contender.role in (EAGER, OURS)
+        row = shared | {
+            "pass": name,
+            "contender": contender.name,
+            "role": contender.role,
+            "auto": can_be_auto and session.auto[shared["op"]] == implementation,
+            "status": entry.status,
+            "reason": entry.reason,
+        }
+        if entry.status == TIMED:
+            row |= {"peak_bytes": entry.peak_bytes} | _speed(entry, name, cost, session)
+        found.append(row)
+    for row in found:
+        for role in (EAGER, COMPILE, PEER):
+            row[f"over_{role}"] = speedup(row, [other for other in found if other["role"] == role])
+    return found
+
+
+def _speed(entry: Entry, name: str, cost: Cost, session: Session) -> Row:
+    """Time of a pass, the rates that follow from its least work, and its share of light."""
+    products, traffic = PASSES[name]
+    work, ceilings = Cost(products * cost.flops, traffic * cost.bytes), session.ceilings
+    flops, num_bytes = ceilings.datasheet_flops, ceilings.datasheet_bytes
+    datasheet = speed_of_light(work, flops, num_bytes) if flops and num_bytes else None
+    seconds = _seconds(entry.samples, name)
+    summary = summarise(seconds)
+    return {
+        "seconds": summary.median,
+        "lower_quartile": summary.lower,
+        "upper_quartile": summary.upper,
+        "rounds": summary.rounds,
+        "tflops": work.flops / summary.median / 1e12,
+        "gb_per_s": work.bytes / summary.median / 1e9,
+        "bound": bound(work, ceilings.flops, ceilings.bytes),
+        "sol_measured": speed_of_light(work, ceilings.flops, ceilings.bytes) / summary.median,
+        "sol_datasheet": datasheet / summary.median if datasheet else None,
+        UNSAVED: seconds,
+    }
+
+
+def _seconds(samples: Sequence[Sequence[float]], name: str) -> list[float]:
+    """Seconds of each round in a pass; both is the sum of a round's stages."""
+    if name == "both":
+        return [sum(stages) for stages in zip(*samples, strict=True)]
+    return list(samples[0 if name == "forward" else 1])
+
+
+def _shapes(case: Case) -> str:
+    return " ".join(
+        "x".join(map(str, x.shape)) for x in case.arguments if isinstance(x, Tensor) and x.dim()
+    )
+
+
+def _configuration(op: Op, workload: Workload, row: Row, session: Session) -> Row:
+    """Tile sizes, warps and stages behind a timed Triton implementation."""
+    is_triton = row["role"] == OURS and row["contender"].startswith("triton")
+    if not is_triton or row["status"] != TIMED:
+        return {}
+    dtype, in_forward = session.runtime.dtype, row["pass"] == "forward"
+    found = uses(op, row["contender"], workload, session.architecture, dtype)
+    return {f"{u.kernel} {u.size}": u.entry for u in found if u.forward or not in_forward}

@@ -1,0 +1,172 @@
+"""Optimizer steps of one model under different kernels: references, each kernel alone, all of them.
+
+Variants share model, batch and run, turn by turn. A step takes the same tokens in each, in
+micro-batches as large as fit. The host's clock counts, as in training: a step ends when its loss is
+read. Compiled variants come last, against the baseline measured once more beside them.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bench import rows as row_files
+from bench.contenders import EAGER, FAILURES, first_line
+from bench.measure import free, rotated, summarise
+from bench.rows import REFUSED, TIMED, UNSAVED, Row, speedup
+from bench.session import Session
+from bench.variants import Size, Variant
+from nanochat import hardware, stage
+from nanochat.kernels.registry import REGISTRY, select
+from nanochat.train_step import train_step
+
+FILE = "train_step.json"
+TURNS, STEPS = 3, 2  # timed steps of a variant: STEPS in each of TURNS, behind one untimed
+LOSS_TOLERANCE = 0.01  # relative, between variants on the same weights
+
+
+class Bench:
+    """A model, its optimizers and a batch."""
+
+    def __init__(self, size: Size, session: Session) -> None:
+        self.size, self.session, self.runtime = size, session, session.runtime
+        config = stage.model_config(size.depth, -1, size.length, size.vocab_size)
+        torch.manual_seed(self.runtime.seed)
+        self.model = stage.build_model(config, self.runtime, self.runtime.seed)
+        self.optimizers = self.model.setup_optimizers(0.2, 0.004, 0.02, 0.0, distributed=False)
+        shape, device = (size.sequences, size.length), self.runtime.device
+        self.inputs, self.targets = (
+            torch.randint(size.vocab_size, shape, device=device) for _ in range(2)
+        )
+
+    def batches(self, variant: Variant) -> list[tuple[Tensor, Tensor]]:
+        """The step's micro-batches, under the variant's kernels from here on."""
+        for op, implementation in variant.choices.items():
+            REGISTRY[op].use(implementation)
+        parts = self.inputs.split(variant.micro_batch), self.targets.split(variant.micro_batch)
+        return list(zip(*parts, strict=True))
+
+    def step(self, variant: Variant) -> float:
+        """Seconds of an optimizer step."""
+        begin = time.perf_counter()
+        result = train_step(variant.model, self.optimizers, self.batches(variant), self.runtime)
+        loss, norm = result.loss.item(), result.grad_norm.item()
+        seconds = time.perf_counter() - begin
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise ValueError(f"loss {loss}, gradient norm {norm}")
+        return seconds
+
+    def loss(self, variant: Variant) -> float:
+        """Of the whole batch, through the graph that training runs."""
+        batches = self.batches(variant)
+        losses = [variant.model(x, y, loss_reduction="sum").item() for x, y in batches]
+        return sum(losses) / self.size.tokens
+
+    def fit(self, variant: Variant) -> None:
+        """Choose the kernels, compile, and find the largest micro-batch that runs."""
+        choices = select(variant.spec, self.runtime.device, self.runtime.dtype)
+        variant.choices = stage.choices_record(choices)
+        variant.model = torch.compile(self.model, dynamic=False) if variant.compiled else self.model
+        variant.micro_batch = self.size.sequences
+        while True:
+            try:
+                self.step(variant)
+                return
+            except torch.OutOfMemoryError:
+                if variant.micro_batch == 1:
+                    raise
+            variant.micro_batch //= 2
+            self.clear()
+
+    def clear(self) -> None:
+        """Forget what a failed step left."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        free(self.runtime.device)
+
+    def turn(self, variant: Variant) -> None:
+        """One untimed step, then STEPS timed ones; peak memory on the way."""
+        device, on_gpu = self.runtime.device, self.runtime.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        self.step(variant)
+        variant.seconds += [self.step(variant) for _ in range(STEPS)]
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated(device)
+            variant.peak_bytes = max(peak, variant.peak_bytes or 0)
+
+    def measure(self, variants: Sequence[Variant]) -> list[Row]:
+        """Rows of the variants: fitted, checked on the same weights, timed turn by turn."""
+        for variant in variants:
+            try:
+                self.fit(variant)
+            except FAILURES as error:
+                variant.reason = first_line(error)
+                self.clear()
+        self.check_losses([variant for variant in variants if not variant.reason])
+        for turn in range(TURNS):
+            running = {variant.name: variant for variant in variants if not variant.reason}
+            for name in rotated(list(running), turn):
+                try:
+                    self.turn(running[name])
+                except FAILURES as error:  # memory in pieces, say: the others go on
+                    running[name].reason = first_line(error)
+                    self.clear()
+        found = [self.row(variant) for variant in variants]
+        for row in found:
+            row["over_eager"] = speedup(row, [other for other in found if other["role"] == EAGER])
+        return found
+
+    def check_losses(self, variants: Sequence[Variant]) -> None:
+        """Put out every variant whose loss, on the same weights, is not the first one's."""
+        losses = [self.loss(variant) for variant in variants]
+        for variant, loss in zip(variants, losses, strict=True):
+            if abs(loss - losses[0]) > LOSS_TOLERANCE * losses[0]:
+                variant.reason = f"loss {loss:.4f} where {variants[0].name} has {losses[0]:.4f}"
+
+    def row(self, variant: Variant) -> Row:
+        """Times, tokens per second, both MFUs and peak memory of a variant."""
+        row = self.session.machine | row_files.clocks(self.runtime.device) | {
+            "kind": "train_step",
+            "op": "train_step",
+            "workload": self.size.name,
+            "pass": "step",
+            "dtype": self.session.dtype,
+            "contender": variant.name,
+            "role": variant.role,
+            "status": REFUSED if variant.reason else TIMED,
+            "reason": variant.reason,
+            "tokens": self.size.tokens,
+            "kernels": variant.choices,
+        }  # fmt: skip
+        if variant.reason:
+            return row
+        summary = summarise(variant.seconds)
+        rate, ceilings = self.size.tokens / summary.median, self.session.ceilings
+        causal, full = (self.model.estimate_flops(is_causal) for is_causal in (True, False))
+        sheet = ceilings.datasheet_flops
+        return row | {
+            "seconds": summary.median,
+            "lower_quartile": summary.lower,
+            "upper_quartile": summary.upper,
+            "rounds": summary.rounds,
+            "tokens_per_second": rate,
+            "mfu_causal": hardware.mfu(causal, rate, sheet) if sheet else None,
+            "mfu_nanochat": hardware.mfu(full, rate, sheet) if sheet else None,
+            "gemm_share_causal": hardware.mfu(causal, rate, ceilings.flops),
+            "gemm_share_nanochat": hardware.mfu(full, rate, ceilings.flops),
+            "peak_bytes": variant.peak_bytes,
+            "micro_batch_tokens": variant.micro_batch * self.size.length,
+            UNSAVED: variant.seconds,
+        }
+
+
+def measured(size: Size, session: Session, variants: Sequence[Variant]) -> list[Row]:
+    """Rows of the variants, on a model of their own, kept as soon as they are there."""
+    torch._dynamo.reset()
+    free(session.runtime.device)  # of the model measured before
+    rows = Bench(size, session).measure(variants)
+    session.keep(FILE, rows)
+    return rows
