@@ -13,7 +13,8 @@ FLOORS = (
     "kernels",
     "gpt scaling schedule collectives adamw muon tokenizer_base tokenizer chat_format"
     " hub_dataset embedded_corpus dataset dataloader conversation_loader",
-    "stage train_step policy_gradient checkpoint_manager checkpoint_reader engine execution loss_eval"
+    "stage train_step policy_gradient checkpoint_manager checkpoint_reader engine execution"
+    " confinement loss_eval"
     " core_eval core_bundle task_eval"
     " memory profiler report",
 )

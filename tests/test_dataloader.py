@@ -148,7 +148,7 @@ def test_a_state_of_other_data_is_refused(three_shards: Path, tmp_path: Path) ->
     state = next(first).state
     first.close()
     shards = [documents(100, 10), documents(10, 7), documents(17, 8)]
-    with pytest.raises(ValueError, match="saved with data = .*resume with the data"):
+    with pytest.raises(ValueError, match=r"saved with data = .*resume with the data"):
         loader(write(tmp_path / "other", shards), state=state)
 
 
