@@ -1,0 +1,173 @@
+"""What a task is: conversations by index, and how an answer to one of them is judged.
+
+A conversation is a dict as in nanochat/chat_format.py, {"messages": [...]}; its last message is the
+right answer. Whatever a task needs to judge an answer stands beside the messages: a multiple-choice
+conversation has "letters", the allowed answers.
+"""
+
+import copy
+import re
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from itertools import accumulate
+from typing import Literal, overload
+
+import numpy as np
+
+from nanochat.chat_format import Conversation
+
+SHUFFLE_SEED = 42
+# The number behind the marker: 1,319 and 1 319 are one number, as are 18 and 18.00.
+FINAL_NUMBER = re.compile(r"####\s*(-?)\s*\$?\s*([0-9]+(?:[, ][0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)")
+
+
+class Task(Sequence[Conversation]):
+    """Conversations of one kind, or a view of some of them.
+
+    num_examples       how many `get_example` can give
+    start, stop, step  the part to show, as in a slice; `task[start:stop:step]` is the same
+    """
+
+    # "categorical": the answer is one of conversation["letters"]; "generative": any text
+    eval_type: Literal["categorical", "generative"] = "generative"
+    # True keeps the task out of every mixture
+    evaluation_only = False
+
+    def __init__(
+        self,
+        num_examples: int,
+        start: int | None = None,
+        stop: int | None = None,
+        step: int | None = None,
+    ) -> None:
+        self.indices = range(num_examples)[start:stop:step]
+
+    @abstractmethod
+    def get_example(self, index: int) -> Conversation:
+        """The conversation of this index, 0 <= index < num_examples, the same at every call."""
+
+    def evaluate(self, conversation: Conversation, answer: str) -> bool:
+        """Whether the answer to the conversation's last question is right."""
+        raise NotImplementedError(f"{type(self).__name__} has no right answers to compare with")
+
+    def reward(self, conversation: Conversation, answer: str) -> float:
+        """What reinforcement learning pays for the answer: 1 if it is right, otherwise 0."""
+        return float(self.evaluate(conversation, answer))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Conversation]:
+        # Sequence's own would take an IndexError inside get_example for the end
+        return (self.get_example(index) for index in self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Task": ...
+
+    def __getitem__(self, index: int | slice) -> "Conversation | Task":
+        if isinstance(index, int):
+            return self.get_example(self.indices[index])
+        view = copy.copy(self)
+        view.indices = self.indices[index]
+        return view
+
+
+class TaskSequence(Task):
+    """Several tasks one behind the other: a curriculum.
+
+    Raises  ValueError for no task, or for one that is for evaluation only.
+    """
+
+    def __init__(self, tasks: Sequence[Task], **view: int | None) -> None:
+        if not tasks:
+            raise ValueError("a mixture needs at least one task")
+        for task in tasks:
+            if task.evaluation_only:
+                raise ValueError(
+                    f"{type(task).__name__} is for evaluation only: whoever trains on it can no "
+                    "longer measure with it; leave it out of the mixture"
+                )
+        self.tasks = tuple(tasks)
+        self.ends = list(accumulate(len(task) for task in tasks))
+        super().__init__(self.ends[-1], **view)
+
+    def get_example(self, index: int) -> Conversation:
+        which = bisect_right(self.ends, index)
+        begin = self.ends[which - 1] if which else 0
+        return self.tasks[which][index - begin]
+
+
+class TaskMixture(TaskSequence):
+    """Several tasks shuffled together, the same way for the same seed.
+
+    A task that is listed twice comes twice as often.
+    """
+
+    def __init__(self, tasks: Sequence[Task], seed: int = SHUFFLE_SEED, **view: int | None) -> None:
+        super().__init__(tasks, **view)
+        self.order = shuffled(self.ends[-1], seed)
+
+    def get_example(self, index: int) -> Conversation:
+        return super().get_example(int(self.order[index]))
+
+
+def shuffled(count: int, seed: int = SHUFFLE_SEED) -> np.ndarray:
+    """The indices 0 ... count - 1 in random order, int64.
+
+    It is the order of `datasets.Dataset.shuffle(seed)`: the first problems of a task are those of
+    everyone who evaluates on the first problems after that shuffle.
+    """
+    return np.random.default_rng(seed).permutation(count)
+
+
+def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
+    """The question of a multiple-choice problem.
+
+    The letter stands behind its choice, where small models bind it better, and without a blank
+    before it: the answer is then the very token that the question shows.
+    """
+    lines = [f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True)]
+    return (
+        f"Multiple Choice question: {question}\n{''.join(lines)}\n"
+        "Respond only with the letter of the correct answer."
+    )
+
+
+def multiple_choice(
+    question: str, letters: Sequence[str], choices: Sequence[str], answer: str
+) -> Conversation:
+    """A conversation that asks for one of the letters.
+
+    Raises  ValueError if the answer is none of them, or there is not a letter for each choice.
+    """
+    if answer not in letters or len(letters) != len(choices):
+        raise ValueError(f"answer {answer!r}, letters {letters} and choices {choices} do not fit")
+    return {
+        "messages": [
+            {"role": "user", "content": render_mc(question, letters, choices)},
+            {"role": "assistant", "content": answer},
+        ],
+        "letters": tuple(letters),
+    }
+
+
+def last_text(conversation: Conversation) -> str:
+    """What the last message says; of a message in parts, its text parts."""
+    content = conversation["messages"][-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number behind the first ####, or None."""
+    match = FINAL_NUMBER.search(text)
+    if match is None:
+        return None
+    sign, digits = match.groups()
+    return Decimal(sign + re.sub("[, ]", "", digits))

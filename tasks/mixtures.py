@@ -1,0 +1,97 @@
+"""What mid-training and fine-tuning train on.
+
+full    the data sets of the Hugging Face Hub, or their files in a local folder
+local   only what comes with the code: who the model is, and spelling
+
+Nothing that is evaluated is trained on: neither HumanEval nor a test split is in a mixture for
+training. The mixtures for testing serve to follow the loss.
+"""
+
+from pathlib import Path
+
+from tasks.arc import ARC
+from tasks.common import Task, TaskMixture
+from tasks.customjson import identity
+from tasks.gsm8k import GSM8K
+from tasks.mmlu import MMLU
+from tasks.smoltalk import SmolTalk
+from tasks.spellingbee import SimpleSpelling, SpellingBee, load_words
+
+MIXTURES = ("full", "local")
+# More problems than this for each word would only repeat what was said of the word before.
+PROBLEMS_PER_WORD = 20
+
+
+def mid_mixture(mixture: str, split: str, task_data: Path | str = "") -> TaskMixture:
+    """Conversations of mid-training; the full one has 848 thousand for training (with the word
+    list of docs/adding_a_task.md; fewer spelling problems with the words of the code).
+
+    split   train or test
+    Raises  ValueError for an unknown mixture or split, or where files are missing.
+    """
+    _check(mixture, split)
+    if mixture == "local":
+        return _local_mixture(split, task_data, spelling=4000, counting=1000, identities=20)
+    if split == "test":
+        return TaskMixture(
+            [
+                SmolTalk("test", task_data),
+                MMLU("test", task_data)[:5200],
+                GSM8K("test", task_data)[:420],
+            ]
+        )
+    most = PROBLEMS_PER_WORD * len(load_words("train", task_data))
+    return TaskMixture(
+        [
+            SmolTalk("train", task_data),
+            MMLU("auxiliary_train", task_data),
+            GSM8K("train", task_data),
+            identity(task_data),
+            identity(task_data),
+            SimpleSpelling("train", task_data, size=min(200_000, most)),
+            SpellingBee("train", task_data, size=min(80_000, most)),
+        ]
+    )
+
+
+def sft_mixture(mixture: str, split: str, task_data: Path | str = "") -> TaskMixture:
+    """Conversations of fine-tuning; of the full one 23 thousand for training.
+
+    split   train or test
+    Raises  ValueError for an unknown mixture or split, or where files are missing.
+    """
+    _check(mixture, split)
+    if mixture == "local":
+        return _local_mixture(split, task_data, spelling=300, counting=300, identities=4)
+    if split == "test":
+        return TaskMixture([SmolTalk("test", task_data)])
+    return TaskMixture(
+        [
+            ARC("ARC-Easy", "train", task_data),
+            ARC("ARC-Challenge", "train", task_data),
+            GSM8K("train", task_data),
+            SmolTalk("train", task_data)[:10_000],
+            identity(task_data),
+            SimpleSpelling("train", task_data, size=300),
+            SpellingBee("train", task_data, size=300),
+        ]
+    )
+
+
+def _check(mixture: str, split: str) -> None:
+    if mixture not in MIXTURES:
+        raise ValueError(f"mixture {mixture!r} is unknown; choose {' or '.join(MIXTURES)}")
+    if split not in ("train", "test"):
+        raise ValueError(f"split {split!r} is unknown; choose train or test")
+
+
+def _local_mixture(
+    split: str, task_data: Path | str, spelling: int, counting: int, identities: int
+) -> TaskMixture:
+    tasks: list[Task] = [
+        SimpleSpelling(split, task_data, size=spelling if split == "train" else 256),
+        SpellingBee(split, task_data, size=counting if split == "train" else 256),
+    ]
+    if split == "train":
+        tasks += [identity(task_data)] * identities
+    return TaskMixture(tasks)
