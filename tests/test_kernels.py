@@ -195,6 +195,33 @@ def test_triton_traces_without_a_graph_break(op: Op, name: str) -> None:
     assert all(torch.equal(w, g) for w, g in zip(want, got, strict=True))
 
 
+@pytest.mark.gpu
+def test_rows_beyond_two_to_the_31_elements() -> None:
+    memory = torch.zeros(2**31 + 2**12, device="cuda", dtype=torch.bfloat16)
+    x = memory.as_strided((3, 64), (2**30, 1))
+    x.copy_(torch.randn(3, 64, device="cuda"))
+    x.requires_grad_()
+    rms_norm.triton_rms_norm(x).sum().backward()
+    dense = x.detach().clone().requires_grad_()
+    rms_norm.triton_rms_norm(dense).sum().backward()
+    assert torch.equal(rms_norm.triton_rms_norm(x), rms_norm.triton_rms_norm(dense))
+    assert torch.equal(x.grad, dense.grad)
+
+
+@pytest.mark.gpu
+def test_logits_beyond_two_to_the_31_elements() -> None:
+    """A chunk of 40,000 rows: what a larger chunk in a table would launch."""
+    x = torch.randn(40_000, 16, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(65_536, 16, device="cuda", dtype=torch.bfloat16)
+    targets = torch.randint(65_536, (40_000,), device="cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_cross_entropy, "chunk_rows", lambda x: 40_000)
+        whole = linear_cross_entropy.triton_chunked(x, weight, targets, reduction="none")
+    assert torch.equal(
+        whole, linear_cross_entropy.triton_chunked(x, weight, targets, reduction="none")
+    )
+
+
 def test_rms_norm_by_hand() -> None:
     y = rms_norm.rms_norm(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
     assert torch.allclose(y, torch.tensor([[3.0, 4.0]], dtype=torch.float64) / 12.5**0.5)
