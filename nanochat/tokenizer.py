@@ -1,7 +1,7 @@
 """Byte-level BPE tokenizers in the manner of GPT-4: train, encode, decode, save as plain files.
 
-    RustBPETokenizer      trained by rustbpe, run by tiktoken
-    TiktokenTokenizer     one of tiktoken's own encodings
+    RustBPETokenizer      trained and run by rustbpe, or run by tiktoken, with the same ids
+    TiktokenTokenizer     run by tiktoken; also one of its own encodings
     HuggingFaceTokenizer  trained and run by Hugging Face tokenizers
 
 All end with the nine special tokens. Text never becomes a special token, whatever it contains; only
@@ -11,9 +11,11 @@ All end with the nine special tokens. Text never becomes a special token, whatev
 import base64
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
+from typing import Literal, get_args
 
-import rustbpe
+import numpy as np
 import tiktoken
 import tokenizers
 import torch
@@ -24,13 +26,16 @@ from nanochat.tokenizer_base import (
     NUM_BYTES,
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
+    Affix,
     Tokenizer,
     check_vocab_size,
     write_text,
 )
+from rustbpe import Tokenizer as RustTokenizer
 
 RANKS_FILE = "tokenizer_ranks.json"
 HUGGING_FACE_FILE = "tokenizer.json"
+Encoder = Literal["rustbpe", "tiktoken"]
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -116,6 +121,30 @@ class TiktokenTokenizer(Tokenizer):
             return [self.encoding.encode_ordinary(texts[0])]
         return self.encoding.encode_ordinary_batch(texts, num_threads=num_threads)
 
+    def encode_to_numpy(
+        self, texts: list[str], prepend: Affix = None, num_threads: int = 8
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts in one array, and where each begins: (tokens, offsets).
+
+        prepend  an id or the name of a special token, put before each text.
+        tokens   (total,), uint16 if every id of the vocabulary fits, else uint32
+        offsets  (len(texts) + 1,) int64; text i is tokens[offsets[i] : offsets[i + 1]]
+        """
+        dtype = np.uint16 if self.get_vocab_size() <= 2**16 else np.uint32
+        tokens, offsets = self._ordinary_to_numpy(texts, num_threads)
+        tokens = tokens.astype(dtype, copy=False)
+        for token_id in self._affix(prepend):
+            tokens = np.insert(tokens, offsets[:-1], token_id)
+            offsets = offsets + np.arange(len(offsets))
+        return tokens, offsets
+
+    def _ordinary_to_numpy(
+        self, texts: list[str], num_threads: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        batch = self.encode_ordinary_batch(texts, num_threads)
+        offsets = np.cumsum([0, *map(len, batch)], dtype=np.int64)
+        return np.fromiter(chain.from_iterable(batch), np.uint32, offsets[-1]), offsets
+
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode(ids)
 
@@ -128,7 +157,49 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class RustBPETokenizer(TiktokenTokenizer):
-    """Trained by rustbpe, run by tiktoken."""
+    """Trained and run by rustbpe, or run by tiktoken: the ids are the same.
+
+    encoder  "rustbpe" or "tiktoken"; by default rustbpe, unless it is the published one, which
+             cannot load ranks. The attribute tells which it is.
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding, encoder: Encoder | None = None) -> None:
+        """Raises ValueError for an encoder that is unknown or not there."""
+        super().__init__(encoding)
+        load = getattr(RustTokenizer, "from_ranks", None)
+        self.encoder: Encoder = encoder or ("rustbpe" if load else "tiktoken")
+        if self.encoder not in get_args(Encoder):
+            raise ValueError(f"encoder {encoder!r} is not one of {get_args(Encoder)}")
+        if self.encoder == "tiktoken":
+            self.rust = None
+        elif load is None:
+            raise ValueError(
+                "encoder 'rustbpe' needs the rustbpe of this repository, and the published one is "
+                "installed; install cargo and run dev/install.sh, or use encoder='tiktoken'"
+            )
+        else:
+            self.rust = load(encoding._mergeable_ranks, encoding._pat_str)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.encoding, self.encoder)
+
+    def encode_ordinary_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        if self.rust is None:
+            return super().encode_ordinary_batch(texts, num_threads)
+        try:
+            return self.rust.encode_batch(texts, num_threads)
+        except UnicodeEncodeError:
+            return self.rust.encode_batch(list(map(replace_surrogates, texts)), num_threads)
+
+    def _ordinary_to_numpy(
+        self, texts: list[str], num_threads: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self.rust is None:
+            return super()._ordinary_to_numpy(texts, num_threads)
+        try:
+            return self.rust.encode_to_numpy(texts, num_threads)
+        except UnicodeEncodeError:
+            return self.rust.encode_to_numpy(list(map(replace_surrogates, texts)), num_threads)
 
     @classmethod
     def train_from_iterator(
@@ -139,10 +210,9 @@ class RustBPETokenizer(TiktokenTokenizer):
         Raises  ValueError if vocab_size is too small, or the text too little for so many tokens.
         """
         check_vocab_size(vocab_size)
-        trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
+        trainer = RustTokenizer()
         trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
-        pairs = trainer.get_mergeable_ranks()
-        ranks = {bytes(token): rank for token, rank in pairs}
+        ranks = dict(trainer.get_mergeable_ranks())
         if len(ranks) != vocab_size - len(SPECIAL_TOKENS):
             raise ValueError(
                 f"the text yields {len(ranks) + len(SPECIAL_TOKENS):,} distinct tokens, not "
@@ -240,6 +310,11 @@ class HuggingFaceTokenizer(Tokenizer):
         ]
 
 
+def replace_surrogates(text: str) -> str:
+    """Pairs of surrogates become the character they mean, lone ones U+FFFD, as in tiktoken."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def byte_level_alphabet() -> dict[int, str]:
     """byte -> the printable character that stands for it in a byte-level vocabulary (GPT-2)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -247,9 +322,11 @@ def byte_level_alphabet() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(NUM_BYTES + i) for i, b in enumerate(others)}
 
 
-def get_tokenizer(directory: Path | str | None = None) -> TiktokenTokenizer:
+def get_tokenizer(directory: Path | str | None = None) -> RustBPETokenizer:
     """The trained tokenizer of a folder, <base dir>/tokenizer unless told otherwise."""
-    return TiktokenTokenizer.from_directory(directory or get_base_dir() / "tokenizer")
+    tokenizer = RustBPETokenizer.from_directory(directory or get_base_dir() / "tokenizer")
+    assert isinstance(tokenizer, RustBPETokenizer)
+    return tokenizer
 
 
 def get_token_bytes(

@@ -4,12 +4,14 @@ import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nanochat.tokenizer
 from nanochat.chat_format import (
     render_conversation,
     render_for_completion,
@@ -23,6 +25,7 @@ from nanochat.tokenizer import (
     get_tokenizer,
 )
 from nanochat.tokenizer_base import SPECIAL_TOKENS, Tokenizer
+from rustbpe import Tokenizer as RustTokenizer
 
 SAMPLES = [
     "Hello world! It's 2024, isn't it? We'LL see 12345 things.",
@@ -148,6 +151,50 @@ def test_doubled_ranks_are_refused() -> None:
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 7}
     with pytest.raises(ValueError, match="ranks"):
         TiktokenTokenizer.from_ranks(ranks, ".")
+
+
+class TestEncoders:
+    """rustbpe and tiktoken give the same ids."""
+
+    @pytest.fixture(params=["rustbpe", "tiktoken"])
+    def chosen(self, request: pytest.FixtureRequest, ours: RustBPETokenizer) -> RustBPETokenizer:
+        if request.param == "rustbpe" and not hasattr(RustTokenizer, "from_ranks"):
+            pytest.skip("the published rustbpe cannot load ranks")
+        return RustBPETokenizer(ours.encoding, request.param)
+
+    def test_ids(self, chosen: RustBPETokenizer, ours: RustBPETokenizer) -> None:
+        texts = [*CORPUS, "lone \ud800 and \udc00\ud800 and a pair \ud83d\udc69"]
+        ids = [ours.encoding.encode_ordinary(text) for text in texts]
+        assert chosen.encode(texts, num_threads=2) == ids
+        assert [chosen.encode(text) for text in texts] == ids
+        assert pickle.loads(pickle.dumps(chosen)).encode(texts) == ids
+
+    @pytest.mark.parametrize("prepend", [None, "<|bos|>", 7])
+    def test_arrays(self, chosen: RustBPETokenizer, prepend: str | int | None) -> None:
+        texts = ["", *CORPUS, "\ud800", ""]
+        tokens, offsets = chosen.encode_to_numpy(texts, prepend, num_threads=2)
+        assert (tokens.dtype, offsets.dtype) == (np.uint16, np.int64)
+        parts = [tokens[i:j].tolist() for i, j in zip(offsets[:-1], offsets[1:], strict=True)]
+        assert parts == chosen.encode(texts, prepend=prepend)
+        assert [len(array) for array in chosen.encode_to_numpy([])] == [0, 1]
+
+    def test_wide_ids(self) -> None:
+        """With the special tokens there are more than fit 16 bits."""
+        pairs = (bytes([i, j]) for i in range(256) for j in range(255))
+        ranks = {token: i for i, token in enumerate([*(bytes([i]) for i in range(256)), *pairs])}
+        tokenizer = RustBPETokenizer.from_ranks(ranks, r"(?s:.)")
+        assert tokenizer.get_vocab_size() == 2**16 + 9
+        tokens, _ = tokenizer.encode_to_numpy(["a"], prepend="<|bos|>")
+        assert tokens.dtype == np.uint32
+        assert tokens.tolist() == [2**16, ord("a")]
+
+    def test_the_choice(self, ours: RustBPETokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(ValueError, match="'fast' is not one of"):
+            RustBPETokenizer(ours.encoding, "fast")  # pyright: ignore[reportArgumentType]
+        monkeypatch.setattr(nanochat.tokenizer, "RustTokenizer", object)
+        assert RustBPETokenizer(ours.encoding).encoder == "tiktoken"
+        with pytest.raises(ValueError, match=r"dev/install\.sh"):
+            RustBPETokenizer(ours.encoding, "rustbpe")
 
 
 class TestConversation:

@@ -1,0 +1,117 @@
+"""Training and encoding: rustbpe against rustbpe 0.1.0, tiktoken and Hugging Face tokenizers.
+
+    pytest bench/test_tokenizer.py                        the standard library's source, a minute
+    NANOCHAT_BASE_DIR=DIR pytest bench/test_tokenizer.py  200 MB of DIR/base_data, several minutes
+    ... --out=bench/results/cpu                           and write tokenizer.json there
+
+Each measurement is a process of its own, bench/tokenizer_worker.py. The ratios are of CPU seconds,
+which hold on a busy machine too; wall time does not. rustbpe 0.1.0 has the same module name; it
+takes part if it is beside this one:
+
+    pip install --target build/rustbpe-0.1.0 rustbpe==0.1.0
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench.rows import machine
+from nanochat.common import get_base_dir
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED = ROOT / "build" / "rustbpe-0.1.0"
+TRAIN = ("rustbpe", "rustbpe, 1 thread", "rustbpe 0.1.0")
+TRAIN_HF = ("rustbpe, ties of tokenizers", "tokenizers")
+LISTS = ("rustbpe", "rustbpe 0.1.0", "tiktoken", "tokenizers")
+ARRAYS = ("rustbpe", "tiktoken")
+GROUPS = {"train": TRAIN, "train as tokenizers": TRAIN_HF, "to lists": LISTS, "to numpy": ARRAYS}
+CASES = [(group, name) for group, names in GROUPS.items() for name in names]
+REAL = {"train": 200_000_000, "encode": 40_000_000, "vocab_size": 65_536}  # bytes
+SMALL = {"train": 3_000_000, "encode": 1_000_000, "vocab_size": 4_096}
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Row:
+    """A file of the texts to train on and of the next ones, to encode."""
+    shards = sorted((get_base_dir() / "base_data").glob("*.parquet"))
+    if shards:
+        sizes = REAL
+        columns = (pq.read_table(shard, columns=["text"])["text"] for shard in shards)
+        source = (text for column in columns for text in column.to_pylist())
+    else:
+        sizes = SMALL
+        files = sorted(Path(str(json.__file__)).parent.parent.glob("*.py"))
+        source = (path.read_text(encoding="utf-8") for path in files)
+    texts: dict[str, list[str]] = {}
+    for part in ("train", "encode"):
+        texts[part], room = [], sizes[part]
+        while room > 0:
+            texts[part].append(next(source))
+            room -= len(texts[part][-1].encode())
+    path = tmp_path_factory.mktemp("texts") / "texts.json"
+    path.write_text(json.dumps(texts))
+    name = "base_data" if shards else "standard library"
+    return {"path": str(path), "text": name, "vocab_size": sizes["vocab_size"]}
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    """Everything measured."""
+    return []
+
+
+@pytest.mark.parametrize(("group", "name"), CASES)
+def test_contender(
+    group: str, name: str, job: Row, rows: list[Row], benchmark: BenchmarkFixture
+) -> None:
+    published = "0.1.0" in name
+    if published and not PUBLISHED.is_dir():
+        pytest.skip(f"rustbpe 0.1.0 is not in {PUBLISHED}")
+    command = [sys.executable, "-m", "bench.tokenizer_worker", json.dumps([job, group, name])]
+    environment = os.environ | ({"PYTHONPATH": str(PUBLISHED)} if published else {})
+
+    def process() -> Row:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True
+        )
+        return json.loads(done.stdout)
+
+    row = benchmark.pedantic(process)
+    benchmark.extra_info.update(row)
+    rows.append({"group": group, "name": name, **row})
+
+
+def test_results_agree(
+    job: Row, rows: list[Row], request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same tokens, the same ids; then the table of who needs how much CPU time."""
+    first = {}
+    lines = [f"\n{job['text']}, vocabulary {job['vocab_size']:,}"]
+    for row in rows:
+        ours = first.setdefault(row["group"], row)
+        row["cpu_ratio"] = row["cpu_seconds"] / ours["cpu_seconds"]
+        lines.append(
+            f"{row['group']:20}{row['name']:28}{row['megabytes']:6.1f} MB"
+            f"{row['cpu_seconds']:8.2f} CPU s{row['wall_seconds']:8.2f} s"
+            f"{row['cpu_ratio']:7.2f} x ours{row['peak_megabytes']:7.0f} MB more memory"
+        )
+    out = request.config.getoption("--out")
+    if out is not None:
+        known = machine(torch.device("cpu"), request.config.getoption("--commit"))
+        known |= {"cpu_count": os.cpu_count(), "text": job["text"]}
+        out.mkdir(parents=True, exist_ok=True)
+        content = {**known, "vocab_size": job["vocab_size"], "rows": rows}
+        (out / "tokenizer.json").write_text(json.dumps(content, indent=1) + "\n")
+    with capsys.disabled():
+        print("\n".join(lines))
+    for row in rows:
+        assert row["digest"] == first[row["group"]]["digest"], row
