@@ -70,11 +70,11 @@ class Task(Sequence[Conversation]):
     def __getitem__(self, index: slice) -> "Task": ...
 
     def __getitem__(self, index: int | slice) -> "Conversation | Task":
-        if isinstance(index, int):
-            return self.get_example(self.indices[index])
-        view = copy.copy(self)
-        view.indices = self.indices[index]
-        return view
+        if isinstance(index, slice):
+            view = copy.copy(self)
+            view.indices = self.indices[index]
+            return view
+        return self.get_example(self.indices[index])
 
 
 class TaskSequence(Task):

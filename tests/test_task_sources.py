@@ -102,6 +102,7 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.folder = folder
         self.revision = revision
+        self.requests: list[str] = []
         self.downloads: list[str] = []
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
 
@@ -111,6 +112,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         hub = self.server
         assert isinstance(hub, Hub)
         path = self.path.partition("?")[0]
+        hub.requests.append(path)
         names = [p.relative_to(hub.folder).as_posix() for p in hub.folder.rglob("*.*")]
         api = {
             "tree": [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names],
@@ -187,6 +189,13 @@ def test_a_split_is_downloaded_once(hub: Hub, base_dir: Path) -> None:
     for name in SHARDS:
         got = base_dir / "task_data" / "sums" / "data" / name
         assert got.read_bytes() == (hub.folder / "data" / name).read_bytes()
+
+
+def test_files_that_are_there_are_not_asked_for(hub: Hub, base_dir: Path) -> None:
+    (base_dir / "task_data" / "sums").mkdir(parents=True)
+    (base_dir / "task_data" / "sums" / "train.jsonl").write_text('{"question": "?"}')
+    assert len(SUMS.load("train", endpoint=hub.endpoint)) == 1
+    assert not hub.requests
 
 
 def test_a_broken_download_goes_on(hub: Hub, base_dir: Path) -> None:

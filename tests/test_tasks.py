@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nanochat.calculator import use_calculator
 from nanochat.chat_format import Conversation, render_conversation, render_for_completion
 from nanochat.confinement import BARRIERS
 from nanochat.execution import isolation_level
@@ -39,6 +40,7 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee, load_words
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data" / "tasks"
+GOOD = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
 class Numbers(Task):
@@ -153,6 +155,7 @@ def test_arc() -> None:
             right = letter == row["answerKey"]
             assert task.evaluate(conversation, letter) is right
             assert task.reward(conversation, letter) == float(right)
+        assert not task.evaluate(conversation, "")
     assert not rows
     with pytest.raises(ValueError, match="'ARC-Hard' is unknown; choose ARC-Easy or ARC-Challenge"):
         ARC("ARC-Hard", "test", DATA)
@@ -182,6 +185,12 @@ def test_gsm8k_calculations_are_tool_calls() -> None:
         ("python_output", "1"),
         ("text", "#### 12"),
     ]
+
+
+def test_last_text_is_what_the_assistant_writes() -> None:
+    parts = [{"type": "python_output", "text": "#### 1"}, {"type": "text", "text": "#### 2"}]
+    assert last_text({"messages": [*GOOD, {"role": "assistant", "content": parts}]}) == "#### 2"
+    assert last_text({"messages": GOOD}) == "Hello"
 
 
 @pytest.mark.parametrize(
@@ -259,6 +268,18 @@ def test_code_blocks() -> None:
     assert extract_code("x = 1") == "x = 1"
 
 
+@pytest.mark.parametrize(
+    "task", [lambda: GSM8K("test", DATA), lambda: SpellingBee("train", size=500)]
+)
+def test_the_tool_gives_the_output_that_is_shown(task: Any) -> None:
+    for conversation in task():
+        parts = conversation["messages"][1]["content"]
+        calls = [part["text"] for part in parts if part["type"] == "python"]
+        outputs = [part["text"] for part in parts if part["type"] == "python_output"]
+        assert calls
+        assert [use_calculator(call) for call in calls] == outputs
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_spelling_bee_counts_right(split: str) -> None:
     task = SpellingBee(split, size=300)
@@ -313,9 +334,6 @@ def test_words_of_a_file(tmp_path: Path) -> None:
         SpellingBee("train", tmp_path)
     with pytest.raises(ValueError, match="'val' is unknown; choose train or test"):
         SimpleSpelling("val")
-
-
-GOOD = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
 def test_custom_json(tmp_path: Path) -> None:
@@ -381,6 +399,8 @@ def test_registry_has_the_tasks_of_chatcore() -> None:
         assert task.eval_type == ("categorical" if BASELINES[name] else "generative")
         assert len(task) > 0
         assert len(get_task(name, task_data=DATA, stop=1)) == 1
+    for name in ("ARC-Easy", "ARC-Challenge"):
+        assert list(get_task(name, task_data=DATA)) == list(ARC(name, "test", DATA))
 
 
 @pytest.mark.parametrize(
@@ -389,6 +409,16 @@ def test_registry_has_the_tasks_of_chatcore() -> None:
 def test_unknown_task_names_the_nearest(name: str, near: str) -> None:
     with pytest.raises(ValueError, match=f"unknown task '{name}'; did you mean '{near}'"):
         get_task(name)
+
+
+@pytest.mark.parametrize("mixture", [mid_mixture, sft_mixture])
+def test_nothing_evaluated_is_trained_on(mixture: Any) -> None:
+    trained = {question_of(conversation) for conversation in mixture("full", "train", DATA)}
+    for name in TASKS:
+        for conversation in get_task(name, task_data=DATA):
+            assert question_of(conversation) not in trained
+    for row in rows_of("gsm8k/main/train.jsonl"):
+        assert row["question"] in trained
 
 
 @pytest.mark.parametrize("mixture", [mid_mixture, sft_mixture])

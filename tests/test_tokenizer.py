@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -174,7 +175,7 @@ class TestEncoders:
         texts = ["", *CORPUS, "\ud800", ""]
         tokens, offsets = chosen.encode_to_numpy(texts, prepend, num_threads=2)
         assert (tokens.dtype, offsets.dtype) == (np.uint16, np.int64)
-        parts = [tokens[i:j].tolist() for i, j in zip(offsets[:-1], offsets[1:], strict=True)]
+        parts = [tokens[i:j].tolist() for i, j in pairwise(offsets)]
         assert parts == chosen.encode(texts, prepend=prepend)
         assert [len(array) for array in chosen.encode_to_numpy([])] == [0, 1]
 
