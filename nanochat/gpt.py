@@ -5,6 +5,7 @@ Letters  B batch, T tokens, S cached positions, H query heads, Hkv key/value hea
          C model width, V vocabulary, E = (H + 2 Hkv) D.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -83,6 +84,20 @@ class KVCache:
     @property
     def capacity(self) -> int:
         return self.keys.shape[2]
+
+    def view(self, batch_size: int, capacity: int) -> "KVCache":
+        """The first slots and positions, in the same memory."""
+        part = copy.copy(self)
+        part.keys = self.keys[:, :batch_size, :capacity]
+        part.values = self.values[:, :batch_size, :capacity]
+        part.lengths = self.lengths[:batch_size]
+        return part
+
+    def fill(self, slots: list[int], source: "KVCache", row: int, length: int) -> None:
+        """Put the first `length` positions of a row of another cache into slots of this one."""
+        self.keys[:, slots, :length] = source.keys[:, row : row + 1, :length]
+        self.values[:, slots, :length] = source.values[:, row : row + 1, :length]
+        self.lengths[slots] = length
 
     def append(self, layer: int, k_BTHD: Tensor, v_BTHD: Tensor) -> tuple[Tensor, Tensor]:
         """Write T tokens behind each slot's length; returns the layer's whole keys and values."""

@@ -72,6 +72,22 @@ def load_pretrained(
     return model, meta, path
 
 
+# what the chat scripts call the stages
+SOURCES = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
+
+
+def source_stage(source: str, checkpoint: str) -> str:
+    """The stage that `checkpoint` is of by its path, or else the one called `source`.
+
+    Raises  ValueError for an unknown source.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source {source!r} is unknown; choose {', '.join(SOURCES)}")
+    parts = Path(checkpoint).parts
+    named = [stage for stage in SOURCES.values() if f"{stage}_checkpoints" in parts]
+    return named[-1] if named else SOURCES[source]
+
+
 def device_peaks(runtime: Runtime) -> Peaks:
     """FLOP/s of the device at hand: datasheet where it is known, and a measured GEMM."""
     known = hardware.identify(runtime.device)
@@ -114,12 +130,16 @@ class TrainState:
     min_bpb: float = math.inf
     loader_state: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a tag that no checkpoint can have, before anything is trained."""
+        checkpoint_manager.check_tag(self.tag)
+
     def directory(self, runtime: Runtime) -> Path:
         """Folder of the tag: checkpoints and metrics.jsonl."""
         return checkpoint_manager.stage_dir(runtime.base_dir, self.stage) / self.tag
 
     def save(self, runtime: Runtime, keep_last: int) -> None:
-        """Write a checkpoint of this step, once. keep_last 0 keeps all."""
+        """Write a checkpoint of this step, once. keep_last 0 or less keeps all."""
         if self.saved_step == self.step:
             return
         rank_state = {
@@ -142,7 +162,7 @@ class TrainState:
             rank_state,
             meta,
             runtime,
-            keep_last or None,
+            keep_last if keep_last > 0 else None,
         )
         self.saved_step = self.step
 

@@ -5,7 +5,7 @@ A task is anything with `__len__`, `__getitem__` -> conversation, `eval_type` an
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,11 @@ from torch import Tensor
 
 from nanochat.chat_format import Conversation, render_for_completion
 from nanochat.common import Runtime
+from nanochat.engine import Engine
+from nanochat.generation import Request
 from nanochat.gpt import GPT
+from nanochat.policy_gradient import pass_at_k
+from nanochat.sampling import SamplingSettings
 from nanochat.tokenizer_base import Tokenizer
 
 # accuracy of guessing: four choices, or none
@@ -93,6 +97,52 @@ def evaluate_categorical(
             best = int(row[letter_ids].argmax())
             right += bool(task.evaluate(conversation, letters[best]))
     return Accuracy(*total([answered, right, too_long], runtime))
+
+
+def evaluate_generative(
+    engine: Engine,
+    task: Task,
+    runtime: Runtime,
+    sampling: SamplingSettings,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    max_problems: int = 0,
+) -> tuple[Accuracy, dict[str, float]]:
+    """Share of problems with a right answer among num_samples, and pass@k of each power of two.
+
+    sampling  of the first sample; the others differ in their random numbers alone. Problems are
+              shared over the ranks and decoded as many at a time as the engine has slots.
+    """
+    ks = [k for k in range(1, num_samples + 1) if k & (k - 1) == 0]
+    passed = torch.zeros(len(ks), dtype=torch.float64, device=runtime.device)
+    right = too_long = 0
+    indices = share(task, runtime, max_problems)
+    at_once = max(1, engine.num_slots // num_samples)
+    for start in range(0, len(indices), at_once):
+        conversations = [task[i] for i in indices[start : start + at_once]]
+        requests = []
+        for conversation in conversations:
+            prompt = render_for_completion(engine.tokenizer, conversation)
+            if len(prompt) >= engine.capacity:
+                too_long += 1
+                continue
+            room = min(max_new_tokens, engine.capacity - len(prompt))
+            requests += [
+                (conversation, Request(prompt, room, replace(sampling, sample=i)))
+                for i in range(num_samples)
+            ]
+        handles = engine.complete([request for _, request in requests])
+        for first in range(0, len(handles), num_samples):
+            conversation = requests[first][0]
+            answers = [engine.tokenizer.decode(h.tokens) for h in handles[first:][:num_samples]]
+            count = sum(bool(task.evaluate(conversation, answer)) for answer in answers)
+            right += count > 0
+            values = [pass_at_k(num_samples, count, k) for k in ks]
+            passed += torch.tensor(values, dtype=torch.float64, device=runtime.device)
+    accuracy = Accuracy(*total([len(indices), right, too_long], runtime))
+    runtime.all_reduce(passed)
+    problems = max(1, accuracy.num_problems)
+    return accuracy, {f"pass@{k}": passed[i].item() / problems for i, k in enumerate(ks)}
 
 
 def _batches(

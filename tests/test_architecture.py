@@ -12,10 +12,12 @@ FLOORS = (
     "configurator common hardware tracking",
     "kernels",
     "gpt scaling schedule collectives adamw muon tokenizer_base tokenizer chat_format"
-    " hub_dataset embedded_corpus dataset dataloader conversation_loader",
+    " hub_dataset embedded_corpus dataset dataloader conversation_loader"
+    " document_source token_cache",
     "stage train_step policy_gradient checkpoint_manager checkpoint_reader engine execution"
     " confinement loss_eval"
-    " core_eval core_bundle task_eval"
+    " core_eval core_bundle task_eval calculator sampling generation chat_session answer"
+    " chat_server"
     " memory profiler report",
 )
 FLOOR = {f"nanochat.{name}": i for i, names in enumerate(FLOORS) for name in names.split()}

@@ -3,11 +3,15 @@
 import json
 import os
 import random
+import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -89,6 +93,16 @@ def sft(mid: World) -> World:
     return mid
 
 
+RL = ("--task=SpellingBee", "--examples_per_step=2", "--num_samples=3", "--max_new_tokens=8",
+      "--eval_examples=2", "--eval_samples=2", "--keep_last=0")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rl(sft: World) -> World:
+    sft.run("chat_rl", *RL, "--sft_checkpoint=chatsft_checkpoints/d2/latest.pt")
+    return sft
+
+
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -128,6 +142,75 @@ def test_fine_tuning_resumes_bit_for_bit(sft: World, packing: str) -> None:
     again = (f"--packing={packing}", f"--resume_from={step}", f"--model_tag={tag}again")
     sft.run("chat_sft", *SFT, *again)
     assert_same(sft.weights("chatsft", tag), sft.weights("chatsft", f"{tag}again"))
+
+
+def test_reinforcement_records_rewards_and_resumes_bit_for_bit(rl: World) -> None:
+    train = rl.records("chatrl", "d2", "train")
+    assert len(train) == 6
+    assert all(0 <= record["reward"] <= 1 and record["length"] > 0 for record in train)
+    assert set(rl.records("chatrl", "d2", "eval")[-1]) >= {"pass@1", "pass@2"}
+    step = rl.base_dir / "chatrl_checkpoints" / "d2" / "000004"
+    rl.run("chat_rl", *RL, f"--resume_from={step}", "--model_tag=again")
+    assert_same(rl.weights("chatrl", "d2"), rl.weights("chatrl", "again"))
+
+
+def test_switches_of_reinforcement(rl: World) -> None:
+    switches = ("--clip=0.2", "--updates_per_batch=2", "--kl=0.1", "--normalize_std")
+    rl.run("chat_rl", *RL, *switches, "--num_iterations=2", "--model_tag=ppo")
+    assert len(rl.records("chatrl", "ppo", "train")) == 2
+
+
+def test_chat_models_are_evaluated_once(rl: World) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "chat_eval.py"), "--device=cpu"]
+    few = ["-a", "SpellingBee", "-x", "3", "-m", "8", "-n", "2", "-t", "1.0"]
+    environment = os.environ | {"NANOCHAT_BASE_DIR": str(rl.base_dir), "PYTHONPATH": str(ROOT)}
+
+    def evaluate(*arguments: str) -> str:
+        line = [*command, *few, *arguments]
+        done = subprocess.run(line, env=environment, text=True, capture_output=True, check=True)
+        return done.stdout
+
+    first = evaluate("--checkpoint=chatsft_checkpoints/latest.pt")
+    assert "of 3, 0 too long" in first
+    assert "pass@2" in first
+    (result,) = (rl.base_dir / "chat_eval").glob("*.json")
+    written = result.stat().st_mtime_ns
+    assert "of 3, 0 too long" in evaluate("--checkpoint=chatsft_checkpoints/latest.pt")
+    assert result.stat().st_mtime_ns == written
+    assert "of 3, 0 too long" in evaluate("-i", "rl")
+    assert len(list((rl.base_dir / "chat_eval").glob("*.json"))) == 2
+
+
+def test_one_answer_in_the_terminal(sft: World) -> None:
+    environment = os.environ | {"NANOCHAT_BASE_DIR": str(sft.base_dir), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "scripts" / "chat_cli.py"), "--device=cpu"]
+    command += ["-p", "你好", "--checkpoint=chatsft_checkpoints/latest.pt", "--max_tokens=5"]
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert done.stdout.decode("utf-8").strip()
+
+
+def test_the_web_server_starts_and_stops(sft: World) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    environment = os.environ | {"NANOCHAT_BASE_DIR": str(sft.base_dir), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "scripts" / "chat_web.py"), "--device=cpu"]
+    command += ["--checkpoint=chatsft_checkpoints/latest.pt", f"--port={port}"]
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(300):
+            try:
+                health = httpx.get(f"{address}/health").json()
+                break
+            except httpx.ConnectError:
+                assert server.poll() is None
+                time.sleep(0.2)
+        assert health["status"] == "ok"
+        body = {"message": "who are you?", "max_tokens": 4}
+        assert "response" in httpx.post(f"{address}/chat", json=body, timeout=60).json()
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(30)
 
 
 def test_two_ranks_learn_what_one_learns(sft: World) -> None:

@@ -1,0 +1,127 @@
+"""Talk to a chat model in the terminal.
+
+python -m scripts.chat_cli --checkpoint=chatsft_checkpoints/latest.pt --max_tokens=256
+python -m scripts.chat_cli -p "Why is the sky blue?"
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from nanochat import configurator, stage
+from nanochat.answer import AnswerReader
+from nanochat.chat_session import fit_prompt
+from nanochat.common import print0, setup_training
+from nanochat.engine import Engine
+from nanochat.generation import Request
+from nanochat.kernels.registry import select
+from nanochat.sampling import SamplingSettings
+from nanochat.tokenizer import get_tokenizer
+
+HELP = "/clear forgets the conversation, /help prints this, /quit or Ctrl-D leaves"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Chat in the terminal."""
+
+    checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base, mid, sft or rl
+    prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""  # answer this and leave
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # tag to look in
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6  # 0 is the likeliest
+    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # likeliest tokens; 0 is all
+    top_p: float = 1.0  # share of the probability to sample from; 1 is all
+    max_tokens: int = 256  # longest answer
+    seed: int = 42  # of the answers
+    tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
+    device: str = "auto"  # auto, cuda, mps or cpu
+    kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
+
+
+def main() -> None:
+    settings = configurator.load(Settings)
+    source = stage.source_stage(settings.source, settings.checkpoint)
+    runtime = setup_training(settings.device, settings.seed)
+    select(settings.kernels, runtime.device, runtime.dtype)
+    tokenizer = get_tokenizer(settings.tokenizer_dir or None)
+    model, _, _ = stage.load_pretrained(
+        settings.checkpoint, source, runtime, tokenizer, settings.model_tag
+    )
+    engine = Engine(model, tokenizer, num_slots=1)
+    messages: list[dict[str, Any]] = []
+    if settings.prompt:
+        answer(engine, [{"role": "user", "content": settings.prompt}], settings)
+        runtime.close()
+        return
+    print0(HELP)
+    while True:
+        try:
+            text = input("\nuser: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            break
+        if text in ("/quit", "/exit", "quit", "exit"):
+            break
+        if text in ("/clear", "clear"):
+            messages.clear()
+            print("cleared")
+        elif text == "/help":
+            print(HELP)
+        elif text:
+            messages.append({"role": "user", "content": text})
+            print("assistant: ", end="", flush=True)
+            try:
+                content = answer(engine, messages, settings)
+            except ValueError as error:
+                print(error)
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": content})
+    runtime.close()
+
+
+def answer(engine: Engine, messages: list[dict[str, Any]], settings: Settings) -> Any:
+    """Print the answer to the last message as it comes; its content. Ctrl-C ends it early.
+
+    Raises  ValueError if the last message is too long for the context.
+    """
+    room = max(1, engine.capacity - settings.max_tokens)
+    fitted = fit_prompt(engine.tokenizer, messages, room)
+    if fitted.num_dropped:
+        print(f"[{fitted.num_dropped} old messages left out] ", end="")
+    # every turn draws other numbers, the same ones in every run
+    sampling = SamplingSettings(
+        settings.temperature, settings.top_k, settings.top_p, settings.seed, len(messages)
+    )
+    request = Request(fitted.tokens, settings.max_tokens, sampling)
+    reader, shown = AnswerReader(engine.tokenizer), "text"
+    try:
+        for event in engine.stream(request):
+            if event.token is None or event.finish_reason == "stop":
+                continue
+            kind, piece = reader.add(event.token)
+            shown = show(kind, piece, shown)
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    show(*reader.finish(), shown)
+    print(flush=True)
+    return reader.content
+
+
+def show(kind: str, piece: str, shown: str) -> str:
+    """Print a piece, framed where it is the tool's; the kind that was printed last."""
+    if not piece:
+        return shown
+    frames = {"text": "", "python": " [", "python_output": " = "}
+    if kind != shown:
+        sys.stdout.write(("]" if shown == "python_output" else "") + frames[kind])
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+    return kind
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Accuracy of a chat model on its tasks, and ChatCORE over all of them.
+
+python -m scripts.chat_eval --checkpoint=chatsft_checkpoints/latest.pt
+torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -i mid -a "GSM8K|SpellingBee"
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from nanochat import configurator, stage
+from nanochat.common import print0, setup_training
+from nanochat.engine import Engine
+from nanochat.kernels.registry import format_choices, select
+from nanochat.sampling import SamplingSettings
+from nanochat.task_eval import BASELINES, chatcore, evaluate_categorical, evaluate_generative
+from nanochat.tokenizer import get_tokenizer
+from nanochat.tracking import Tracker
+from tasks.registry import get_task
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Evaluate a chat model; tasks that were evaluated before with these settings are kept."""
+
+    checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base, mid, sft or rl
+    task_name: Annotated[str, tyro.conf.arg(aliases=["-a"])] = ""  # names between |; empty is all
+    task_data: str = ""  # folder of local task files instead of the Hugging Face Hub
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # tag to look in
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.0  # of free answers
+    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # likeliest tokens; 0 is all
+    num_samples: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1  # answers to each problem
+    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512  # longest answer
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 8  # problems of one forward pass
+    max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"])] = 0  # of each task; 0 is all
+    fresh: bool = False  # evaluate again what was evaluated before
+    tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
+    device: str = "auto"  # auto, cuda, mps or cpu
+    kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
+    seed: int = 42  # of sampled answers
+
+
+def main() -> None:
+    settings = configurator.load(Settings)
+    source = stage.source_stage(settings.source, settings.checkpoint)
+    names = settings.task_name.split("|") if settings.task_name else list(BASELINES)
+    tasks = {name: get_task(name, task_data=settings.task_data) for name in names}
+    runtime = setup_training(settings.device, settings.seed)
+    print0(format_choices(select(settings.kernels, runtime.device, runtime.dtype)))
+    tokenizer = get_tokenizer(settings.tokenizer_dir or None)
+    model, meta, path = stage.load_pretrained(
+        settings.checkpoint, source, runtime, tokenizer, settings.model_tag
+    )
+    model.eval()
+    engine = Engine(model, tokenizer, num_slots=settings.batch_size * settings.num_samples)
+    sampling = SamplingSettings(settings.temperature, settings.top_k, seed=settings.seed)
+    name = f"chat_eval_{source.removeprefix('chat')}"
+    tracker = Tracker(path.parent, runtime, name, settings, header={"checkpoint": str(path)})
+    results = Results(runtime.base_dir / "chat_eval", path, settings)
+    for task_name, task in tasks.items():
+        if task_name not in results.tasks:
+            started = time.perf_counter()
+            if task.eval_type == "categorical":
+                accuracy = evaluate_categorical(
+                    model, tokenizer, task, runtime, settings.batch_size, settings.max_problems
+                )
+                passed: dict[str, float] = {}
+            else:
+                accuracy, passed = evaluate_generative(
+                    engine,
+                    task,
+                    runtime,
+                    sampling,
+                    settings.max_new_tokens,
+                    settings.num_samples,
+                    settings.max_problems,
+                )
+            values = {"accuracy": accuracy.accuracy, **asdict(accuracy), **passed}
+            results.add(task_name, values | {"seconds": time.perf_counter() - started}, runtime)
+        tracker.log("task", meta["step"], task=task_name, **results.tasks[task_name])
+        print0(f"{task_name:14} {line(results.tasks[task_name])}")
+    score = chatcore({name: results.tasks[name]["accuracy"] for name in names})
+    if score is not None:
+        tracker.log("chatcore", meta["step"], chatcore=score, tasks=names)
+        print0(f"ChatCORE {score:.4f} over {', '.join(names)}")
+    tracker.close()
+    runtime.close()
+
+
+def line(values: dict[str, Any]) -> str:
+    """One task's result for the console."""
+    passed = " ".join(f"{key} {value:.4f}" for key, value in values.items() if "@" in key)
+    return (
+        f"accuracy {values['accuracy']:.4f} ({values['num_right']:,} of {values['num_problems']:,}"
+        f", {values['num_too_long']} too long) {passed}"
+    )
+
+
+class Results:
+    """What was evaluated with these settings before: a JSON file that grows by tasks."""
+
+    def __init__(self, folder: Path, checkpoint: Path, settings: Settings) -> None:
+        stage_name, tag, step = checkpoint.parts[-3:]
+        self.path = folder / f"{stage_name.removesuffix('_checkpoints')}_{tag}_{step}.json"
+        ignored = ("task_name", "fresh", "batch_size", "device", "kernels", "checkpoint")
+        self.key = {k: v for k, v in asdict(settings).items() if k not in ignored}
+        self.tasks: dict[str, dict[str, Any]] = {}
+        if self.path.is_file() and not settings.fresh:
+            saved = json.loads(self.path.read_text(encoding="utf-8"))
+            if saved["settings"] == self.key:
+                self.tasks = saved["tasks"]
+
+    def add(self, name: str, values: dict[str, Any], runtime: Any) -> None:
+        """Keep one task's result; the file is replaced as a whole."""
+        self.tasks[name] = values
+        if runtime.is_main:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_suffix(".tmp")
+            text = json.dumps({"settings": self.key, "tasks": self.tasks}, indent=1)
+            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.replace(self.path)
+
+
+if __name__ == "__main__":
+    main()
