@@ -1,0 +1,165 @@
+"""Losses of rows of logits and their gradients, a chunk of rows at a time in one buffer.
+
+    r = (1 - tanh(x / softcap)) / 2 = 1 / (1 + exp(2 x / softcap))
+    z - softcap = -2 softcap r,   dz/dx = 1 - tanh^2 = 4 r (1 - r)
+
+    Sums are of exp(z - softcap): |z| <= softcap, so no running maximum is needed, and z itself,
+    whose digits cancel near 0, is never computed.
+
+Shapes  x: (N, D); weight: (V, D), of which vocab_size rows are real; targets, scales: (N,).
+Dtypes  float32, bfloat16, float16; losses and dW in float32, dlogits rounded to the dtype of x.
+Saves   nothing; the logits of `chunk_rows` rows are in memory, their dlogits in the same place.
+Cost    a logit is read twice and written once; six exponentials and reciprocals.
+Error   a target outside the vocabulary that is not IGNORE_INDEX makes a loss of NaN.
+Source  chunks: Liger Kernel, arXiv:2410.10989; z-loss: PaLM, arXiv:2204.02311, section 5.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanochat.kernels.launch import config, launch
+
+IGNORE_INDEX = -1
+# exp(-2 softcap), the least term of a sum, is a normal float32 (above 1.2e-38) up to here
+MAX_SOFTCAP = 40.0
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def half_below(x, softcap):
+    """r: half of how far tanh(x / softcap) is below 1."""
+    return 1.0 / (1.0 + tl.exp2(x * (2.0 * LOG2_E / softcap)))
+
+
+@triton.jit
+def loss_kernel(
+    logits_ptr, targets_ptr, scales_ptr, losses_ptr, softcap, z_loss, row_stride,
+    V: tl.constexpr, PADDED: tl.constexpr, IGNORED: tl.constexpr,
+    GRADIENTS: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Loss of one row of logits; with GRADIENTS the row becomes its dlogits, times its scale."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * row_stride
+    target = tl.load(targets_ptr + row)
+    valid = target != IGNORED
+    # read before the row is overwritten: the sum below is a barrier between the two
+    known = (target >= 0) & (target < V)
+    at_target = tl.load(logits_ptr + target, mask=known, other=float("nan")).to(tl.float32)
+    exponent = -2.0 * LOG2_E * softcap
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + column, mask=column < V, other=0.0).to(tl.float32)
+        sums += tl.where(column < V, tl.exp2(exponent * half_below(x, softcap)), 0.0)
+    total = tl.sum(sums, axis=0)
+    log_total = tl.log(total)
+    lse = log_total + softcap
+    loss = log_total + 2.0 * softcap * half_below(at_target, softcap) + z_loss * lse * lse
+    tl.store(losses_ptr + row, tl.where(valid, loss, 0.0))
+    if GRADIENTS:
+        scale = 4.0
+        if SCALED:
+            scale *= tl.load(scales_ptr + row)
+        scale = tl.where(valid, scale, 0.0)
+        per_exp = scale * (1.0 + 2.0 * z_loss * lse) / total
+        for start in range(0, PADDED, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(logits_ptr + column, mask=column < V, other=0.0).to(tl.float32)
+            r = half_below(x, softcap)
+            d = per_exp * tl.exp2(exponent * r) - tl.where(column == target, scale, 0.0)
+            d = tl.where(column < V, d * (r * (1.0 - r)), 0.0)
+            tl.store(logits_ptr + column, d.to(logits_ptr.dtype.element_ty), mask=column < PADDED)
+
+
+def chunk_rows(x_ND: Tensor, small: bool) -> int:
+    """Rows whose logits are in memory at once: few where `small`, so many that products are fast
+    otherwise."""
+    name = "small_chunk" if small else "chunk"
+    return config(f"linear_cross_entropy.{name}", x_ND, x_ND.shape[-1])["rows"]
+
+
+def extra_bytes(
+    tokens: int, D: int, V: int, rows: int, element_size: int, recomputed: bool = False
+) -> int:
+    """Most memory that the loss and its gradients take at once beyond the inputs, in bytes.
+
+    First it is the logits of a chunk beside dx, dW and the losses; then dx and dW beside those that
+    are returned: multiplied by the gradient of the loss, or, where the logits are `recomputed` in
+    the backward pass, dW rounded to the dtype of the weight.
+    """
+    dx, dw = tokens * D * element_size, V * D * element_size
+    in_chunks = rows * V * element_size + (8 if recomputed else 4) * tokens
+    return dx + V * D * 4 + max(in_chunks, dw if recomputed else dx + dw)
+
+
+def _accumulate(dw: Tensor, dlogits: Tensor, x: Tensor) -> None:
+    """dw += dlogits^T x, summed in float32."""
+    if x.dtype == torch.float32:
+        dw.addmm_(dlogits.mT, x)
+    elif x.device.type == "cuda":  # cuBLAS multiplies 16-bit matrices into a float32 one
+        torch.addmm(dw, dlogits.mT, x, out_dtype=torch.float32, out=dw)
+    else:
+        dw.addmm_(dlogits.mT.float(), x.float())
+
+
+@torch.library.custom_op("nanochat::linear_cross_entropy", mutates_args=())
+def chunked(
+    x_ND: Tensor,
+    weight: Tensor,
+    targets_N: Tensor,
+    scales_N: Tensor | None,
+    softcap: float,
+    vocab_size: int,
+    z_loss: float,
+    gradients: bool,
+    small: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (N,) in float32; with `gradients` also dx and dW of the sum of scale * loss, else
+    empty tensors. A scale of None is 1; `small` as in `chunk_rows`."""
+    (N, D), V = x_ND.shape, weight.shape[0]
+    rows = min(chunk_rows(x_ND, small), max(N, 1))
+    targets_N = targets_N.contiguous()
+    losses = torch.empty(N, dtype=torch.float32, device=x_ND.device)
+    dx = torch.empty((N, D) if gradients else (0,), dtype=x_ND.dtype, device=x_ND.device)
+    dw = torch.zeros((V, D) if gradients else (0,), dtype=torch.float32, device=x_ND.device)
+    buffer = torch.empty((rows, V), dtype=x_ND.dtype, device=x_ND.device)
+    scales_N = losses if scales_N is None else scales_N.contiguous()
+    options = config("linear_cross_entropy.loss", x_ND, V)
+    for start in range(0, N, rows):
+        x = x_ND[start : start + rows]
+        logits = torch.mm(x, weight.mT, out=buffer[: len(x)])
+        part = slice(start, start + len(x))
+        launch(
+            loss_kernel, (len(x),), logits, targets_N[part], scales_N[part], losses[part],
+            softcap, z_loss, V, V=vocab_size, PADDED=V, IGNORED=IGNORE_INDEX, GRADIENTS=gradients,
+            SCALED=scales_N is not losses, **options,
+        )  # fmt: skip
+        if gradients:
+            torch.mm(logits, weight, out=dx[part])
+            _accumulate(dw, logits, x)
+    return losses, dx, dw
+
+
+@chunked.register_fake
+def _(
+    x_ND: Tensor, weight: Tensor, targets_N: Tensor, scales_N: Tensor | None, softcap: float,
+    vocab_size: int, z_loss: float, gradients: bool, small: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    losses = x_ND.new_empty(x_ND.shape[0], dtype=torch.float32)
+    dx = x_ND.new_empty(x_ND.shape if gradients else (0,))
+    dw_shape = weight.shape if gradients else (0,)
+    return losses, dx, x_ND.new_empty(dw_shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("nanochat::times", mutates_args=())
+def times(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x times a float32 factor of one element, rounded once to dtype, without a float32 copy."""
+    # of shape (1,): a tensor without axes would be rounded to the 16-bit dtype of x first
+    return torch.mul(x, factor.view(1), out=torch.empty(x.shape, dtype=dtype, device=x.device))
+
+
+@times.register_fake
+def _(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
