@@ -170,7 +170,7 @@ def triton_gram(
 
     bfloat16 steps are taken in float16.
     """
-    m, n = sorted(G_LMN.shape[-2:])
+    m, n = min(G_LMN.shape[-2:]), max(G_LMN.shape[-2:])
     if n < GRAM_ASPECT * m:
         return triton_symmetric(G_LMN, coefficients, compute_dtype)
     dtype = torch.float16 if compute_dtype == torch.bfloat16 else compute_dtype

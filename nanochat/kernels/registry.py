@@ -190,7 +190,8 @@ def _choose(op: Op, wanted: str, named: bool, device: torch.device, dtype: torch
         return Choice(op.name, wanted, "asked for" if named else f"asked for by {wanted!r}")
     refused = {}
     for implementation in reversed(op.implementations.values()):
-        reason = implementation.auto(device, dtype) or _refusal(op, implementation, device, dtype)
+        reason = implementation.needs(device, dtype) or implementation.auto(device, dtype)
+        reason = reason or _refusal(op, implementation, device, dtype)
         if not reason:
             why = "auto" if wanted == "auto" else f"auto: no implementation named {wanted!r}"
             return Choice(op.name, implementation.name, why, refused)
