@@ -44,6 +44,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "CheckpointWriteError",
     "check_compatible",
+    "check_tag",
     "find",
     "has_checkpoint",
     "load_meta",
@@ -79,11 +80,7 @@ def save(
     Raises  ValueError for a bad tag or keep_last; CheckpointWriteError on every rank if any rank
             could not write. Ranks must share the file system.
     """
-    if not TAG_NAME.fullmatch(tag):
-        raise ValueError(
-            f"tag {tag!r} is no folder name that can be told from a step; use letters, digits "
-            "and _ . = + -, with at least one letter, for example d12"
-        )
+    check_tag(tag)
     if keep_last is not None and keep_last < 0:
         raise ValueError(f"keep_last={keep_last} must be at least 1, or 0 to keep every step")
     assert step >= 0, step
@@ -111,6 +108,15 @@ def save(
             _rotate(tag_dir, step, keep_last)
     runtime.barrier()
     return target
+
+
+def check_tag(tag: str) -> None:
+    """Raise ValueError unless `tag` can name a folder of steps."""
+    if not TAG_NAME.fullmatch(tag):
+        raise ValueError(
+            f"tag {tag!r} is no folder name that can be told from a step; use letters, digits "
+            "and _ . = + -, with at least one letter, for example d12"
+        )
 
 
 class _HashingWriter:

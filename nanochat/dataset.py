@@ -12,7 +12,8 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,7 @@ from nanochat.hub_dataset import HUB, download
 ROW_GROUP = 1024
 ROWS_PER_SHARD = 16 * ROW_GROUP
 VALIDATION_SHARE = 0.05  # of the only shard, where there is one
-
+DIGEST_BYTES = 2**16  # of either end of a shard
 
 EMBEDDED_FOLDER = "base_data_embedded"
 NAMES = ("embedded", *HUB)
@@ -36,32 +37,41 @@ NAMES = ("embedded", *HUB)
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Rows [row_start, row_stop) of one row group of a shard: what one rank reads at a time."""
+    """Rows [row_start, row_stop) of one row group of a shard: what one rank reads at a time.
+
+    first_row  rows of the shard before the group.
+    """
 
     path: Path
     row_group: int
     row_start: int
     row_stop: int
+    first_row: int = 0
 
     def halves(self) -> "list[RowBlock]":
         """The block in two, or as it is where it holds one document."""
         middle = (self.row_start + self.row_stop) // 2
         bounds = ((self.row_start, middle), (middle, self.row_stop))
-        return [RowBlock(self.path, self.row_group, a, b) for a, b in bounds if a < b]
+        return [replace(self, row_start=a, row_stop=b) for a, b in bounds if a < b]
 
-    def read(self) -> list[str]:
-        """The documents.
+    def column(self) -> pa.ChunkedArray:
+        """The documents as an Arrow column of valid UTF-8 without nulls.
 
         Raises  ValueError naming the file if it cannot be read or holds a row without text.
         """
         try:
             table = pq.ParquetFile(self.path).read_row_group(self.row_group, columns=["text"])
+            column = table.column("text")[self.row_start : self.row_stop]
+            column.validate(full=True)
         except (OSError, pa.ArrowException) as error:
             raise ValueError(unreadable(self.path, str(error))) from error
-        texts = table.column("text").to_pylist()[self.row_start : self.row_stop]
-        if any(text is None for text in texts):
+        if column.null_count:
             raise ValueError(unreadable(self.path, f"a row of group {self.row_group} has no text"))
-        return texts
+        return column
+
+    def read(self) -> list[str]:
+        """The documents. Raises ValueError as `column` does."""
+        return self.column().to_pylist()
 
 
 def unreadable(path: Path, reason: str) -> str:
@@ -93,19 +103,15 @@ def row_blocks(data_dir: Path, split: str, skip_bad_shards: bool = False) -> lis
     """
     if split not in ("train", "val"):
         raise ValueError(f"split {split!r} is unknown; choose train or val")
-    shards: list[list[RowBlock]] = []
-    for path in list_shards(data_dir):
-        try:
-            shards.append(_blocks_of(path))
-        except ValueError as error:
-            if not skip_bad_shards:
-                raise
-            print0(f"skipped: {error}")
-    if not shards:
+    paths = reversed(list_shards(data_dir))
+    good = filter(None, (_blocks_or_nothing(path, skip_bad_shards) for path in paths))
+    blocks = next(good, None)
+    if blocks is None:
         raise ValueError(f"every shard in {data_dir} is bad; fetch them again")
-    if len(shards) > 1:
-        return shards[-1] if split == "val" else [b for shard in shards[:-1] for b in shard]
-    (blocks,) = shards
+    # validation needs to know that there is another shard, not to read them all
+    others = list(islice(good, 1 if split == "val" else None))
+    if others:
+        return blocks if split == "val" else list(chain.from_iterable(reversed(others)))
     if len(blocks) > 1:
         cut = len(blocks) - max(1, round(VALIDATION_SHARE * len(blocks)))
         return blocks[cut:] if split == "val" else blocks[:cut]
@@ -115,29 +121,58 @@ def row_blocks(data_dir: Path, split: str, skip_bad_shards: bool = False) -> lis
         raise ValueError(f"{block.path} has one document; two are needed to hold one out")
     cut = rows - max(1, round(VALIDATION_SHARE * rows))
     start, stop = (cut, rows) if split == "val" else (0, cut)
-    return [RowBlock(block.path, block.row_group, start, stop)]
+    return [replace(block, row_start=start, row_stop=stop)]
 
 
-def _blocks_of(path: Path) -> list[RowBlock]:
+def _blocks_or_nothing(path: Path, skip_bad_shards: bool) -> list[RowBlock]:
     try:
-        metadata = pq.read_metadata(path)
+        return shard_blocks(path)
+    except ValueError as error:
+        if not skip_bad_shards:
+            raise
+        print0(f"skipped: {error}")
+        return []
+
+
+def shard_blocks(path: Path) -> list[RowBlock]:
+    """The row groups of a shard that hold rows.
+
+    Raises  ValueError naming the file if it is damaged, or holds no column `text` of strings.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, metadata = file.schema_arrow, file.metadata
     except (OSError, pa.ArrowException) as error:
         raise ValueError(unreadable(path, str(error))) from error
-    if "text" not in metadata.schema.names:
-        raise ValueError(unreadable(path, f"no column `text` among {metadata.schema.names}"))
+    if "text" not in schema.names:
+        raise ValueError(unreadable(path, f"no column `text` among {schema.names}"))
+    kind = schema.field("text").type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(unreadable(path, f"column `text` holds {kind}, not strings"))
     counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     if not sum(counts):
         raise ValueError(unreadable(path, "it has no rows"))
-    return [RowBlock(path, i, 0, count) for i, count in enumerate(counts) if count]
+    firsts = accumulate(counts, initial=0)
+    groups = enumerate(zip(counts, firsts, strict=False))  # the last first is behind them all
+    return [RowBlock(path, i, 0, count, first) for i, (count, first) in groups if count]
 
 
 def identity(blocks: list[RowBlock]) -> str:
-    """A digest of which documents the blocks are: names and sizes of files, groups, rows."""
-    lines = [
-        f"{b.path.name} {b.path.stat().st_size} {b.row_group} {b.row_start} {b.row_stop}\n"
-        for b in blocks
-    ]
+    """A digest of which documents the blocks are: their files, groups and rows."""
+    files = {path: shard_digest(path) for path in {block.path for block in blocks}}
+    lines = [f"{files[b.path]} {b.row_group} {b.row_start} {b.row_stop}\n" for b in blocks]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def shard_digest(path: Path) -> str:
+    """A digest of a shard's name, size and ends; at the end lie the sizes of all it holds."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{path.name} {size}\n".encode())
+    with path.open("rb") as file:
+        digest.update(file.read(DIGEST_BYTES))
+        file.seek(max(0, size - DIGEST_BYTES))
+        digest.update(file.read())
+    return digest.hexdigest()[:16]
 
 
 def share(blocks: list[RowBlock], rank: int, world_size: int) -> list[RowBlock]:
@@ -157,9 +192,19 @@ def share(blocks: list[RowBlock], rank: int, world_size: int) -> list[RowBlock]:
 
 
 def iter_documents(data_dir: Path, split: str, skip_bad_shards: bool = False) -> Iterator[str]:
-    """Every document of a split, once."""
+    """Every document of a split, once.
+
+    Raises  ValueError as `row_blocks`, or naming the shard that cannot be read (unless skipped).
+    """
     for block in row_blocks(data_dir, split, skip_bad_shards):
-        yield from block.read()
+        try:
+            documents = block.read()
+        except ValueError as error:
+            if not skip_bad_shards:
+                raise
+            print0(f"skipped: {error}")
+            continue
+        yield from documents
 
 
 def write_shards(
@@ -210,7 +255,7 @@ def resolve_data_dir(dataset: str, data_dir: str, base_dir: Path) -> Path:
     if data_dir:
         return _imported(Path(data_dir).expanduser(), base_dir)
     if dataset == "auto":
-        there = (name for name, hub in HUB.items() if (base_dir / hub.folder).is_dir())
+        there = (n for n, hub in HUB.items() if any((base_dir / hub.folder).glob("*.parquet")))
         dataset = next(there, "embedded")
         print0(f"dataset auto: {dataset}")
     if dataset == "embedded":

@@ -1,14 +1,18 @@
-"""Shards of pretraining text on the Hugging Face Hub: resumed, checked, several at a time."""
+"""Shards of pretraining text on the Hugging Face Hub: checked, several at a time."""
 
 import hashlib
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import shutil
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
+import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 from rich.progress import Progress
+
+SCRATCH = ".download"  # beside the shards, so that they appear by a rename
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,9 @@ HUB = {
 def download_shard(
     dataset: HubDataset, index: int, folder: Path, endpoint: str | None = None
 ) -> Path:
-    """Fetch one shard (resuming a broken download) and check it against the hub's SHA-256.
+    """Fetch one shard and check it against the hub's SHA-256.
+
+    A connection that breaks is tried again a few times. The folder is there already.
 
     Raises  ValueError naming the file if its contents differ from what the hub announces.
     """
@@ -40,22 +46,26 @@ def download_shard(
         dataset.repository, name, repo_type="dataset", endpoint=endpoint
     )
     wanted = huggingface_hub.get_hf_file_metadata(url).etag
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
-        path = Path(
-            huggingface_hub.hf_hub_download(
-                dataset.repository,
-                name,
-                repo_type="dataset",
-                local_dir=scratch,
-                endpoint=endpoint,
-            )
+    path = Path(
+        huggingface_hub.hf_hub_download(
+            dataset.repository,
+            name,
+            repo_type="dataset",
+            local_dir=folder / SCRATCH / name,
+            endpoint=endpoint,
         )
-        if wanted and len(wanted) == 64:  # large files are announced by SHA-256
-            found = sha256(path)
-            if found != wanted:
-                raise ValueError(f"{name}: SHA-256 is {found}, the hub says {wanted}; try again")
+    )
+    if wanted and len(wanted) == 64:  # large files are announced by SHA-256
+        found = sha256(path)
+        if found != wanted:
+            path.unlink()
+            raise ValueError(f"{name}: SHA-256 is {found}, the hub says {wanted}; try again")
+    try:
         pq.read_metadata(path)
-        path.replace(folder / name)
+    except pa.ArrowException as error:
+        path.unlink()
+        raise ValueError(f"{name} on the hub is no parquet file: {error}") from error
+    path.replace(folder / name)
     return folder / name
 
 
@@ -77,7 +87,10 @@ def download(
 ) -> None:
     """Fetch the first num_files shards (-1: all); the last of them serves for validation.
 
-    Raises  ValueError for an impossible number; otherwise the first error of a download.
+    Another process that fetches into the folder is waited for.
+
+    Raises  ValueError for an impossible number; otherwise the first error of a download, without
+            beginning further ones.
     """
     if num_files == 0 or num_files < -1 or num_workers < 1:
         raise ValueError(
@@ -85,9 +98,16 @@ def download(
         )
     count = dataset.num_shards if num_files == -1 else min(num_files, dataset.num_shards)
     folder.mkdir(parents=True, exist_ok=True)
-    with Progress() as progress, ThreadPoolExecutor(num_workers) as pool:
+    pool = ThreadPoolExecutor(num_workers)
+    with FileLock(folder.with_name(f".{folder.name}.lock")), Progress() as progress:
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # of a download that was killed
         task = progress.add_task(f"{dataset.repository} -> {folder}", total=count)
-        futures = [pool.submit(download_shard, dataset, i, folder, endpoint) for i in range(count)]
-        for future in futures:
-            future.result()
-            progress.advance(task)
+        try:
+            for future in as_completed(
+                pool.submit(download_shard, dataset, i, folder, endpoint) for i in range(count)
+            ):
+                future.result()
+                progress.advance(task)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            shutil.rmtree(folder / SCRATCH, ignore_errors=True)

@@ -80,8 +80,12 @@ def adamw_rate_scale(n_embd: int) -> float:
 def accumulation_steps(total: int, device_batch: int, sequence_len: int, world_size: int) -> int:
     """Micro-batches a rank runs for one optimizer step over `total` tokens.
 
-    Raises  ValueError if the micro-batches of all ranks do not divide `total`.
+    Raises  ValueError if the micro-batches of all ranks do not divide `total`, or are none.
     """
+    if min(device_batch, sequence_len) < 1:
+        raise ValueError(
+            f"device_batch_size {device_batch} and max_seq_len {sequence_len} must be at least 1"
+        )
     tokens = device_batch * sequence_len * world_size
     if total < 1 or total % tokens:
         lower = max(total // tokens, 1) * tokens

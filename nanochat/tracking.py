@@ -70,11 +70,19 @@ class Tracker:
         if not self.is_main:
             return
         wandb = _import_wandb(run) if run != "dummy" else None
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if resume_step is not None:
-            self._continue(resume_step)
-        _end_last_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if resume_step is not None:
+                self._continue(resume_step)
+            _end_last_line(self.path)
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot write the records ({error.strerror}); check the permission to write "
+                "there, or set NANOCHAT_BASE_DIR to a folder you may write",
+                str(self.path),
+            ) from error
         if wandb is not None:
             self._wandb = wandb.init(
                 project="nanochat",

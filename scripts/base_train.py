@@ -75,6 +75,7 @@ class Settings:
     compile: bool = False  # torch.compile the model
     packing: str = "stream"  # stream, or bestfit: each row begins with a document
     skip_bad_shards: bool = False  # leave out unreadable shards instead of stopping
+    token_cache: bool = False  # tokenize once, into <base dir>/token_cache, and read from there
     seed: int = 42  # of the weights
 
 
@@ -164,6 +165,7 @@ def main() -> None:
             packing=settings.packing,
             state=loader_state,
             skip_bad_shards=settings.skip_bad_shards,
+            token_cache=runtime.base_dir / "token_cache" if settings.token_cache else None,
         )
         return CUDAPrefetcher(batches, runtime.device)
 

@@ -32,6 +32,7 @@ class Hub:
     files: dict[str, bytes] = field(default_factory=dict)
     announced: dict[str, str] = field(default_factory=dict)
     downloads: list[str] = field(default_factory=list)
+    breaks: int = 0  # downloads to break off in the middle
 
 
 @pytest.fixture
@@ -56,6 +57,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             self.end_headers()
             if body:
                 state.downloads.append(name)
+                if state.breaks > 0:
+                    state.breaks -= 1
+                    data = data[: len(data) // 2]
+                    self.close_connection = True
                 self.wfile.write(data)
 
         def do_HEAD(self) -> None:
@@ -97,3 +102,33 @@ def test_a_wrong_checksum_is_refused(hub: Hub, tmp_path: Path) -> None:
 def test_impossible_numbers_are_refused(tmp_path: Path, number: int, workers: int) -> None:
     with pytest.raises(ValueError, match="-n is -1 or at least 1"):
         download(HUB, number, workers, tmp_path)
+
+
+def test_a_broken_connection_is_tried_again(hub: Hub, tmp_path: Path) -> None:
+    hub.breaks = 1
+    path = download_shard(HUB, 1, tmp_path, hub.endpoint)
+    assert path.read_bytes() == hub.files[path.name]
+    assert len(hub.downloads) == 2
+
+
+def test_what_is_no_parquet_file_is_named(hub: Hub, tmp_path: Path) -> None:
+    hub.files["shard_00000.parquet"] = b"<html>"
+    with pytest.raises(ValueError, match=r"shard_00000\.parquet on the hub is no parquet"):
+        download_shard(HUB, 0, tmp_path, hub.endpoint)
+    assert not (tmp_path / "shard_00000.parquet").exists()
+
+
+def test_an_error_begins_no_further_download_and_leaves_nothing(hub: Hub, tmp_path: Path) -> None:
+    hub.announced["shard_00000.parquet"] = "ab" * 32
+    names = [f"shard_{i:05d}.parquet" for i in range(40)]
+    hub.files = dict.fromkeys(names, shard(0))
+    folder = tmp_path / "base_data"
+    killed = folder / ".download" / "shard_00039.parquet" / "part"
+    killed.parent.mkdir(parents=True)
+    killed.write_bytes(b"of a download that was killed")
+    many = HubDataset(HUB.repository, HUB.folder, len(names))
+    with pytest.raises(ValueError, match="SHA-256"):
+        download(many, -1, 1, folder, hub.endpoint)
+    assert len(hub.downloads) < 10
+    left = {path.name for path in folder.iterdir()}
+    assert left == set(hub.downloads) - {"shard_00000.parquet"}
