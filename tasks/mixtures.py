@@ -1,7 +1,7 @@
 """What mid-training and fine-tuning train on.
 
 full    the data sets of the Hugging Face Hub, or their files in a local folder
-local   only what comes with the code: who the model is, and spelling
+local   only what comes with the code: who the model is, spelling, and sums by the calculator
 
 Nothing that is evaluated is trained on: neither HumanEval nor a test split is in a mixture for
 training. The mixtures for testing serve to follow the loss.
@@ -10,6 +10,7 @@ training. The mixtures for testing serve to follow the loss.
 from pathlib import Path
 
 from tasks.arc import ARC
+from tasks.arithmetic import Arithmetic
 from tasks.common import Task, TaskMixture
 from tasks.customjson import identity
 from tasks.gsm8k import GSM8K
@@ -31,7 +32,9 @@ def mid_mixture(mixture: str, split: str, task_data: Path | str = "") -> TaskMix
     """
     _check(mixture, split)
     if mixture == "local":
-        return _local_mixture(split, task_data, spelling=4000, counting=1000, identities=20)
+        return _local_mixture(
+            split, task_data, spelling=4000, counting=3000, sums=6000, identities=20
+        )
     if split == "test":
         return TaskMixture(
             [
@@ -62,7 +65,7 @@ def sft_mixture(mixture: str, split: str, task_data: Path | str = "") -> TaskMix
     """
     _check(mixture, split)
     if mixture == "local":
-        return _local_mixture(split, task_data, spelling=300, counting=300, identities=4)
+        return _local_mixture(split, task_data, spelling=300, counting=300, sums=300, identities=4)
     if split == "test":
         return TaskMixture([SmolTalk("test", task_data)])
     return TaskMixture(
@@ -86,11 +89,12 @@ def _check(mixture: str, split: str) -> None:
 
 
 def _local_mixture(
-    split: str, task_data: Path | str, spelling: int, counting: int, identities: int
+    split: str, task_data: Path | str, spelling: int, counting: int, sums: int, identities: int
 ) -> TaskMixture:
     tasks: list[Task] = [
         SimpleSpelling(split, task_data, size=spelling if split == "train" else 256),
         SpellingBee(split, task_data, size=counting if split == "train" else 256),
+        Arithmetic(split, size=sums if split == "train" else 256),
     ]
     if split == "train":
         tasks += [identity(task_data)] * identities

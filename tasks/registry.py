@@ -8,6 +8,7 @@ from typing import Any
 
 from nanochat.configurator import near_miss
 from tasks.arc import ARC
+from tasks.arithmetic import Arithmetic
 from tasks.common import Task
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
@@ -22,6 +23,7 @@ TASKS: Mapping[str, Callable[..., Task]] = MappingProxyType(
         "GSM8K": GSM8K,
         "HumanEval": HumanEval,
         "SpellingBee": SpellingBee,
+        "Arithmetic": lambda split, _, **options: Arithmetic(split, **options),
     }
 )
 

@@ -18,6 +18,7 @@ from nanochat.execution import isolation_level
 from nanochat.task_eval import BASELINES
 from nanochat.tokenizer import RustBPETokenizer
 from tasks.arc import ARC
+from tasks.arithmetic import Arithmetic
 from tasks.common import (
     Task,
     TaskMixture,
@@ -269,7 +270,12 @@ def test_code_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    "task", [lambda: GSM8K("test", DATA), lambda: SpellingBee("train", size=500)]
+    "task",
+    [
+        lambda: GSM8K("test", DATA),
+        lambda: SpellingBee("train", size=500),
+        lambda: Arithmetic("train", size=500),
+    ],
 )
 def test_the_tool_gives_the_output_that_is_shown(task: Any) -> None:
     for conversation in task():
@@ -321,6 +327,27 @@ def test_simple_spelling() -> None:
         assert question_of(conversation) == f"Spell the word: {word}"
         assert task.evaluate(conversation, f" {word}:" + ",".join(word))
         assert not task.evaluate(conversation, word)
+
+
+def test_arithmetic() -> None:
+    asked = {}
+    for split in ("train", "test"):
+        task = get_task("Arithmetic", split, size=2000)
+        asked[split] = set()
+        for index, conversation in enumerate(task):
+            assert conversation == Arithmetic(split, size=2001)[index]
+            call, output, last = conversation["messages"][1]["content"]
+            first, symbol, second = re.fullmatch(r"(\d+)([-+*])(\d+)", call["text"]).groups()
+            assert re.findall(r"\d+", question_of(conversation)) == [first, second]
+            spoken = {"+": "plus", "-": "minus", "*": "times"}[symbol]
+            assert re.search(rf" ({re.escape(symbol)}|{spoken}) ", question_of(conversation))
+            assert final_number(last["text"]) == int(output["text"])
+            assert task.evaluate(conversation, f"#### {output['text']}")
+            assert not task.evaluate(conversation, output["text"])
+            asked[split].add((first, second))
+    assert not asked["train"] & asked["test"]
+    with pytest.raises(ValueError, match="'val' is unknown; choose train or test"):
+        Arithmetic("val")
 
 
 def test_words_of_a_file(tmp_path: Path) -> None:
@@ -393,8 +420,8 @@ def test_identity(tmp_path: Path) -> None:
 
 
 def test_registry_has_the_tasks_of_chatcore() -> None:
-    assert set(TASKS) == set(BASELINES)
-    for name in TASKS:
+    assert set(TASKS) == {*BASELINES, "Arithmetic"}
+    for name in BASELINES:
         task = get_task(name, task_data=DATA)
         assert task.eval_type == ("categorical" if BASELINES[name] else "generative")
         assert len(task) > 0
@@ -467,6 +494,7 @@ def trained_text(conversation: Conversation) -> str:
         lambda: SmolTalk("test", DATA),
         lambda: SpellingBee("train", size=20),
         lambda: SimpleSpelling("train", size=20),
+        lambda: Arithmetic("train", size=20),
         identity,
     ],
 )
