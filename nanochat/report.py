@@ -3,14 +3,16 @@
     python -m nanochat.report generate [--base_dir DIR] [--output FILE]
     python -m nanochat.report reset    [--base_dir DIR]
 
-A section appears where records for it exist. Of a stage that ran several times, the last run of
-the last written folder counts. `reset` deletes the report, never the records.
+A section appears where records for it exist; stages without any are named. Of a stage that ran
+several times, the last run of the last written folder counts. `reset` deletes the report, never the
+records.
 """
 
 import argparse
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,22 @@ STAGE_TITLES = {
     "tok_train": "Tokenizer training",
     "tok_eval": "Tokenizer evaluation",
     "base": "Base training",
+    "base_loss": "Base loss",
+    "base_eval": "Base evaluation",
+    "chat_eval_base": "Chat evaluation of the base model",
     "mid": "Midtraining",
+    "chat_eval_mid": "Chat evaluation after midtraining",
     "chatsft": "Supervised finetuning",
+    "chat_eval_sft": "Chat evaluation after supervised finetuning",
     "chatrl": "Reinforcement learning",
+    "chat_eval_rl": "Chat evaluation after reinforcement learning",
+}
+# columns of the summary: who trained the model, who evaluated its answers
+SUMMARY_COLUMNS = {
+    "BASE": ("base", "chat_eval_base"),
+    "MID": ("mid", "chat_eval_mid"),
+    "SFT": ("chatsft", "chat_eval_sft"),
+    "RL": ("chatrl", "chat_eval_rl"),
 }
 PLAN_ROWS = {
     "depth": "depth",
@@ -35,7 +50,18 @@ PLAN_ROWS = {
     "flops_per_token_nanochat": "FLOPs per token, nanochat formula",
     "dtype": "compute dtype",
 }
-# rows of a "compression" or "end" record that are not results
+# kind and value of a record, and what its curve is called
+CURVES = (
+    ("train", "loss", "training loss, nats per token"),
+    ("eval", "loss", "validation loss, nats per token"),
+    ("eval", "bpb", "validation bits per byte"),
+    ("train", "reward", "mean reward"),
+    ("train", "length", "tokens of an answer, mean"),
+    ("eval", "pass@1", "pass@1"),
+)
+# kinds of records that are told in another way; the last step of any other is a table of results
+TOLD_APART = {"start", "resume", "plan", "train", "sample", "end"}
+# values of a record that are not results
 BOOKKEEPING = {"time", "run", "stage", "kind", "step", "settings", "environment"}
 STEADY_AFTER = (
     10  # first steps compile and fill caches; medians leave them out where there are more
@@ -70,7 +96,7 @@ def generate(base_dir: Path, output: Path) -> bool:
     if not stages:
         return False
     output.parent.mkdir(parents=True, exist_ok=True)
-    sections = [_header(stages)]
+    sections = [_header(stages), _summary(stages)]
     for stage, records in stages.items():
         sections.append(_stage_section(stage, records, output.parent))
     sections.append(_wall_clock(stages))
@@ -104,6 +130,8 @@ def number(value: object) -> str:
     """A value for a reader: thousands separated, four significant digits, text in one line."""
     if value is None:
         return "not known"
+    if isinstance(value, list):
+        return ", ".join(map(number, value))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return " ".join(str(value).split()).replace("|", "\\|")
     if isinstance(value, int):
@@ -127,7 +155,11 @@ def _header(stages: Mapping[str, list[Record]]) -> str:
         ("memory", f"{machine.get('memory_gib')} GiB"),
         *((name, known.get(name)) for name in ("python", "torch", "triton", "cuda", "platform")),
     ]
-    return "# nanochat report\n\n" + table(["", ""], rows)
+    parts = ["# nanochat report", table(["", ""], rows)]
+    absent = [title for stage, title in STAGE_TITLES.items() if stage not in stages]
+    if absent:
+        parts.append(f"Not run: {', '.join(absent)}.")
+    return "\n\n".join(parts)
 
 
 def _stage_section(stage: str, records: list[Record], folder: Path) -> str:
@@ -136,13 +168,10 @@ def _stage_section(stage: str, records: list[Record], folder: Path) -> str:
     rows = _training_rows(records, trained) if trained else _result_rows(records)
     if rows:
         parts.append(table(["", ""], rows))
-    compression = [r for r in records if r.get("kind") == "compression"]
-    if compression:
-        columns = [name for name in compression[-1] if name not in BOOKKEEPING]
-        parts.append(table(columns, [[r.get(name) for name in columns] for r in compression]))
+    parts += _result_tables(records)
     picture = _plot(stage, records, folder)
     if picture:
-        parts.append(f"![{stage}: loss and bits per byte]({picture})")
+        parts.append(picture)
     samples = _last_step([r for r in records if r.get("kind") == "sample"])
     if samples:
         rows = [(r.get("prompt"), r.get("text")) for r in samples]
@@ -202,15 +231,25 @@ def _result_rows(records: list[Record]) -> list[tuple[str, object]]:
     ]
 
 
+def _result_tables(records: list[Record]) -> list[str]:
+    """A table for each kind of result, such as losses of splits and scores of tasks."""
+    by_kind: dict[str, list[Record]] = {}
+    for record in records:
+        if record.get("kind") not in TOLD_APART and "step" in record:
+            by_kind.setdefault(str(record.get("kind")), []).append(record)
+    tables = []
+    for results in map(_last_step, by_kind.values()):
+        columns = [name for name in dict.fromkeys(chain(*results)) if name not in BOOKKEEPING]
+        if columns:
+            tables.append(table(columns, [[r.get(name) for name in columns] for r in results]))
+    return tables
+
+
 def _plot(stage: str, records: list[Record], folder: Path) -> str:
-    """Draw loss and bpb over the steps; the file's name, or "" with nothing to draw."""
-    curves = [
-        ("train", "loss", "training loss, nats per token"),
-        ("eval", "bpb", "validation bits per byte"),
-    ]
+    """Draw what is known of the steps; the picture in Markdown, or "" with nothing to draw."""
     points = [
         (label, [(r["step"], r[key]) for r in _series(records, kind) if _is_number(r.get(key))])
-        for kind, key, label in curves
+        for kind, key, label in CURVES
     ]
     points = [(label, curve) for label, curve in points if len(curve) > 1]
     if not points:
@@ -226,9 +265,32 @@ def _plot(stage: str, records: list[Record], folder: Path) -> str:
         axes.plot(*zip(*curve, strict=True))
         axes.set(xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
-    name = f"{stage}.png"
-    figure.savefig(folder / name, dpi=120)
-    return name
+    figure.savefig(folder / f"{stage}.png", dpi=120)
+    return f"![{'; '.join(label for label, _ in points)}]({stage}.png)"
+
+
+def _summary(stages: Mapping[str, list[Record]]) -> str:
+    """Every stage's model beside the others; "" before any was evaluated."""
+    cells: dict[str, dict[str, float]] = {}
+    for column, (trainer, evaluator) in SUMMARY_COLUMNS.items():
+        scores: list[tuple[str, Any]] = [
+            ("validation bpb", record.get("bpb"))
+            for record in _series(stages.get(trainer, []), "eval")
+        ]
+        if column == "BASE":
+            found = stages.get("base_eval", [])
+            scores += [("CORE", record.get("core")) for record in found]
+        for record in stages.get(evaluator, []):
+            if record.get("kind") == "task":
+                scores.append((str(record.get("task")), record.get("accuracy")))
+            scores.append(("ChatCORE", record.get("chatcore")))
+        for row, score in scores:
+            if _is_number(score):
+                cells.setdefault(row, {})[column] = score
+    if not cells:
+        return ""
+    rows = [(row, *(found.get(c, "-") for c in SUMMARY_COLUMNS)) for row, found in cells.items()]
+    return "## Summary\n\n" + table(["", *SUMMARY_COLUMNS], rows)
 
 
 def _wall_clock(stages: Mapping[str, list[Record]]) -> str:

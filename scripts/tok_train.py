@@ -38,6 +38,9 @@ def main() -> None:
     base_dir = get_base_dir()
     data_dir = resolve_data_dir(settings.dataset, settings.data_dir, base_dir)
     output_dir = Path(settings.output_dir or base_dir / "tokenizer")
+    tracker = Tracker(
+        output_dir, runtime, "tok_train", settings
+    )  # fails early where it cannot write
     started = time.perf_counter()
     with Progress() as progress:
         task = progress.add_task(f"characters of {data_dir}", total=None)
@@ -56,7 +59,6 @@ def main() -> None:
         chars = int(progress.tasks[0].completed)
     tokenizer.save(output_dir)
     seconds = time.perf_counter() - started
-    tracker = Tracker(output_dir, runtime, "tok_train", settings)
     tracker.log("end", 0, wall_seconds=seconds, chars=chars, vocab_size=tokenizer.get_vocab_size())
     tracker.close()
     print0(f"{tokenizer.get_vocab_size():,} tokens from {chars:,} characters in {seconds:.1f} s "

@@ -1,8 +1,11 @@
 """Base training as people run it: from the command line, killed, resumed, stopped, two ranks."""
 
+import errno
 import json
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipeline import rows_of_tokens, run_here, sentences, write_shard
 
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -199,6 +203,13 @@ def test_two_ranks_train_like_one(world: World, uninterrupted: str) -> None:
     assert "saved by 2 ranks" in output
 
 
+def test_with_a_token_cache_any_number_of_ranks_sees_the_same_batches(world: World) -> None:
+    small = ("--token_cache", "--num_iterations=5", "--save_every=-1")
+    assert "tokenizing" in world.run("--model_tag=cached", *small)
+    assert "tokenizing" not in world.run("--model_tag=cached2", *small, ranks=2)
+    assert world.losses("cached2") == pytest.approx(world.losses("cached"), rel=1e-4)
+
+
 def test_lost_weights_stop_the_run_and_keep_the_checkpoint(world: World) -> None:
     world.run("--model_tag=nan", "--num_iterations=3")
     output = world.run(
@@ -211,27 +222,176 @@ def test_lost_weights_stop_the_run_and_keep_the_checkpoint(world: World) -> None
     assert all(torch.isfinite(w).all() for w in world.weights("nan", 3).values())
 
 
+def test_bad_flags_end_the_process_with_2(world: World) -> None:
+    assert "did you mean '--depth'" in world.run("--dept=3", code=2)
+
+
+@pytest.fixture(scope="module")
+def bad(world: World) -> Path:
+    """Things that are no data, no checkpoint, no tokenizer and no config."""
+    folder = world.base_dir / "bad"
+    (folder / "empty").mkdir(parents=True)
+    for kind in ("cut", "garbled"):
+        write_shard(folder / kind, 0, rows_of_tokens(4))
+        shard = write_shard(folder / kind, 1, rows_of_tokens(4))
+        content = shard.read_bytes()
+        shard.write_bytes(content[:-20] if kind == "cut" else bytes(200) + content[200:])
+    torch.save({"weight": torch.ones(2)}, folder / "foreign.pt")
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "meta.json").write_text('{"step": 3}')
+    RustBPETokenizer.train_from_iterator(sentences(9), 280).save(folder / "tokenizer")
+    (folder / "key.py").write_text("detph = 4\n")
+    (folder / "type.py").write_text("depth = 4.0\n")
+    return folder
+
+
+def refusal(world: World, *arguments: str, script: str = "base_train") -> str:
+    """The message with which a run that cannot begin ends."""
+    with pytest.raises((SystemExit, ValueError, OSError)) as error:
+        run_here(world.base_dir, f"python -m scripts.{script}", *arguments)
+    return " ".join(str(error.value).split())
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("argument", "parts"),
     [
-        (("--dept=3",), "depth"),
-        (("--depth=three",), "three"),
-        (("--total_batch_size=100",), "is not a multiple of"),
-        (("--device=cuda",), "--device=cpu"),
-        (("--data_dir=/nowhere",), "/nowhere"),
-        (("--resume_from=nothing",), "nothing"),
-        (("--kernels=tritom",), "unknown implementation"),
-        (("--tokenizer_dir=/nowhere",), "/nowhere"),
-        (("configs/nothing.py",), "nothing.py"),
-        (("--n_kv_head=3",), "does not divide"),
+        ("--dept=3", ("'--dept=3'", "did you mean '--depth'")),
+        ("--depth=three", ("three", "--depth INT")),
+        ("{bad}/key.py", ("key.py: unknown setting 'detph'", "did you mean 'depth'")),
+        ("{bad}/type.py", ("type.py: depth = 4.0 is a float", "wanted int")),
+        ("{bad}/nothing.py", ("nothing.py", "looked in")),
+        ("--depth=0", ("depth 0", "at least 1")),
+        ("--n_kv_head=3", ("n_kv_head 3 does not divide 1", "use [1]")),
+        ("--total_batch_size=100", ("100 is not a multiple of the 64", "--total_batch_size=64")),
+        ("--device_batch_size=0", ("device_batch_size 0", "at least 1")),
+        ("--device_batch_size=-2", ("device_batch_size -2", "at least 1")),
+        ("--max_seq_len=0", ("max_seq_len 0", "at least 1")),
+        ("--model_tag=a/b", ("'a/b' is no folder name", "for example d12")),
+        ("--newton_schulz=gram", ("'gram'", "polar_express")),
+        ("--kernels=tritom", ("'tritom'", "did you mean 'triton'")),
+        ("--packing=greedy", ("'greedy'", "stream or bestfit")),
+        ("--device=cuda", ("'cuda' was asked for", "--device=cpu")),
+        ("--device=tpu", ("'tpu' is unknown", "auto, cuda, mps, cpu")),
+        ("--data_dir=/nowhere", ("/nowhere is no folder", "parquet, JSONL or text")),
+        ("--data_dir={bad}/empty", ("bad/empty", ".parquet, .jsonl, .txt")),
+        ("--data_dir={bad}/cut", ("cut/shard_00001.parquet", "--skip_bad_shards")),
+        ("--data_dir={bad}/garbled", ("garbled/shard_00001.parquet", "--skip_bad_shards")),
+        ("--tokenizer_dir=/nowhere", ("/nowhere", "python -m scripts.tok_train")),
+        ("--resume_from=nothing", ("'nothing' is neither", "holds", "(steps to 12)")),
+        ("--resume_from={bad}/foreign.pt", ("foreign.pt is not a whole checkpoint", "meta.json")),
+        ("--resume_from={bad}/foreign", ("not one of this project's", "name a folder that holds")),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for CUDA where there is none")
-def test_bad_input_is_named(world: World, arguments: tuple[str, ...], message: str) -> None:
-    process = world.start(*arguments)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode not in (0, None)
-    assert message in output, output
+def test_bad_input_is_named(
+    world: World, uninterrupted: str, bad: Path, argument: str, parts: tuple[str, ...]
+) -> None:
+    """The value, what is allowed, and what to do; before anything is written."""
+    data = () if "data_dir" in argument else (f"--data_dir={world.base_dir / 'text'}",)
+    tag = () if "tag" in argument else ("--model_tag=refused",)
+    message = refusal(world, *SMALL, *data, *tag, argument.format(bad=bad))
+    assert [part for part in parts if part not in message] == [], message
+    for folder in ("refused", "a"):
+        assert not list((world.base_dir / "base_checkpoints").glob(f"{folder}/*/model.pt"))
+
+
+def test_without_downloaded_data_it_says_how_to_get_some(world: World) -> None:
+    message = refusal(world, *SMALL, "--dataset=fineweb-edu", "--model_tag=refused")
+    assert "no parquet shard in" in message
+    assert "python -m nanochat.dataset" in message
+    assert "fineweb-edu, climbmix" in refusal(world, *SMALL, "--dataset=the_pile")
+
+
+def test_a_dtype_is_checked(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float8")
+    assert "'float8' is unknown; choose bfloat16" in refusal(world, *SMALL)
+
+
+def test_one_shard_is_enough_and_a_bad_one_may_be_left_out(world: World, bad: Path) -> None:
+    write_shard(world.base_dir / "one_shard", 0, rows_of_tokens(12))
+    small = (*SMALL, "--num_iterations=2", "--model_tag=shards")
+    one = (f"--data_dir={world.base_dir / 'one_shard'}",)
+    assert "done:" in run_here(world.base_dir, "python -m scripts.base_train", *small, *one)
+    left = (f"--data_dir={bad / 'cut'}", "--skip_bad_shards")
+    output = run_here(world.base_dir, "python -m scripts.base_train", *small, *left)
+    assert re.search(r"skipped: .*cut/shard_00001\.parquet", output)
+    assert "done:" in output
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "parts"),
+    [
+        ("tok_train", "--vocab_size=264", ("264 is below 265", "256 bytes", "--vocab_size=265")),
+        ("tok_train", "--vocab_size=60000", ("not 60,000", "smaller --vocab_size or more text")),
+        ("tok_train", "--output_dir={bad}/key.py", ("bad/key.py", "cannot write the records")),
+        ("tok_eval", "--tokenizer_dir=/nowhere", ("/nowhere", "scripts.tok_train")),
+        ("base_loss", "--checkpoint=nothing", ("'nothing'", "(steps to 12)")),
+        ("base_loss", "--checkpoint={bad}/foreign.pt", ("is not a whole checkpoint", "model.pt")),
+        ("base_loss", "--checkpoint=whole/7", ("'whole/7'", "(steps to 12)")),
+        ("base_loss", "--tokenizer_dir={bad}/tokenizer", ("of 290 tokens", "gives 280")),
+        ("base_train", "--tokenizer_dir={bad}/tokenizer", ("of 290 tokens", "gives 280")),
+    ],
+)
+def test_bad_input_of_other_scripts_is_named(
+    world: World,
+    uninterrupted: str,
+    bad: Path,
+    script: str,
+    argument: str,
+    parts: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: pytest.fail("no network here"))
+    given = [f"--data_dir={world.base_dir / 'text'}", argument.format(bad=bad)]
+    if script == "base_train":
+        given += [*SMALL, "--resume_from=whole", "--model_tag=refused"]
+    elif script == "base_loss" and "checkpoint" not in argument:
+        given += ["--checkpoint=whole"]
+    message = refusal(world, *given, script=script)
+    assert [part for part in parts if part not in message] == [], message
+
+
+def test_a_full_disk_ends_the_run_and_the_checkpoint_stays(world: World) -> None:
+    """A limit on file sizes fails writes as a full disk does; then there is space again."""
+    data = f"--data_dir={world.base_dir / 'text'}"
+    run = (*SMALL, data, "--model_tag=full", "--resume")
+    run_here(world.base_dir, "python -m scripts.base_train", *run, "--num_iterations=2")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        message = refusal(world, *run, "--num_iterations=4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.search(r"full/000003, which needs [\d,]+ bytes.*Free space", message)
+    assert [path.name for path in world.folder("full").iterdir() if path.is_dir()] == ["000002"]
+    assert all(torch.isfinite(w).all() for w in world.weights("full", 2).values())
+    output = run_here(world.base_dir, "python -m scripts.base_train", *run, "--num_iterations=4")
+    assert "000002" in output
+    assert world.folder("full").joinpath("000004/model.pt").exists()
+
+
+def test_no_permission_to_write_is_said_before_training(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated, since root may write anywhere."""
+    small = (*SMALL, f"--data_dir={world.base_dir / 'text'}", "--model_tag=denied")
+    mkdir = Path.mkdir
+
+    def denied(path: Path, *arguments: object, **options: object) -> None:
+        if path.name == "denied":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        mkdir(path, *arguments, **options)  # pyright: ignore[reportArgumentType]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", denied)
+        message = refusal(world, *small)
+    assert "cannot write the records (Permission denied)" in message
+    assert "denied/metrics.jsonl" in message
+    assert "NANOCHAT_BASE_DIR" in message
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    message = refusal(world, *small)
+    assert f"no permission to write the base directory {world.base_dir}" in message
+    assert "set NANOCHAT_BASE_DIR to a folder you may write" in message
 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(world: World, uninterrupted: str) -> None:

@@ -60,9 +60,10 @@ def test_base_training_and_header(tmp_path):
         assert row in text
     assert "early" not in text
     assert "MFU against the datasheet, nanochat" not in text
-    assert "Midtraining" not in text
+    assert "\nNot run: Tokenizer training, Tokenizer evaluation, Base loss" in text
+    assert "## Midtraining" not in text
     assert (tmp_path / "report/base.png").read_bytes().startswith(b"\x89PNG")
-    assert "![base: loss and bits per byte](base.png)" in text
+    assert "![training loss, nats per token; validation bits per byte](base.png)" in text
 
 
 def test_tokenizer_records_become_tables(tmp_path):
@@ -88,6 +89,33 @@ def test_the_last_run_of_a_stage_counts(tmp_path):
     write_base_run(tmp_path, "d2", least_bpb=1.75)
     report.generate(tmp_path, tmp_path / "out.md")
     assert "| validation bpb, least | 1.75 |" in (tmp_path / "out.md").read_text()
+
+
+def test_summary_has_a_column_for_every_model(tmp_path):
+    write_base_run(tmp_path)
+    for stage, accuracy in (("base", 0.25), ("mid", 0.5), ("rl", 0.75)):
+        folder = tmp_path / f"{stage}_checkpoints" / "d4"
+        tracker = Tracker(folder, runtime(), f"chat_eval_{stage}", {})
+        tracker.log("task", 20, task="GSM8K", accuracy=accuracy, num_right=1)
+        tracker.log("chatcore", 20, chatcore=accuracy / 2, tasks=["GSM8K"])
+        tracker.close()
+    tracker = Tracker(tmp_path / "base_checkpoints" / "d4", runtime(), "base_eval", {})
+    tracker.log("core", 20, core=0.125)
+    tracker.close()
+    tracker = Tracker(tmp_path / "chatrl_checkpoints" / "d4", runtime(), "chatrl", {})
+    for step in range(3):
+        tracker.log("train", step, loss=0.1, reward=step / 2, length=30 - step)
+    tracker.close()
+    report.generate(tmp_path, tmp_path / "out.md")
+    text = (tmp_path / "out.md").read_text()
+    assert (
+        "## Summary\n\n|  | BASE | MID | SFT | RL |\n| --- | --- | --- | --- | --- |\n"
+        "| validation bpb | 1.5 | - | - | - |\n"
+        "| CORE | 0.125 | - | - | - |\n"
+        "| GSM8K | 0.25 | 0.5 | - | 0.75 |\n"
+        "| ChatCORE | 0.125 | 0.25 | - | 0.375 |\n"
+    ) in text
+    assert "nats per token; mean reward; tokens of an answer, mean](chatrl.png)" in text
 
 
 def test_odd_records_are_read_as_far_as_they_go(tmp_path):
@@ -132,6 +160,7 @@ def test_reset_removes_the_report_and_keeps_the_records(tmp_path, monkeypatch, c
         (4e19, "4e+19"),
         (True, "True"),
         ("a|b\nc", "a\\|b c"),
+        (["a", 0.25], "a, 0.25"),
     ],
 )
 def test_number(value, text):
