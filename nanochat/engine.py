@@ -230,7 +230,7 @@ class Engine:
             slot.length += 1
             token = int(tokens[index])
             sampled = forced_B[index] == NOT_FORCED
-            if sampled and slot.tools:
+            if slot.tools:
                 slot.tools.see(token)
             reason = ""
             if finished[index]:

@@ -102,7 +102,7 @@ class Handle:
 
 
 class ToolCalls:
-    """Watches the sampled tokens of one answer for calls of the calculator.
+    """Watches the tokens of one answer for calls of the calculator.
 
     forced  tokens that must come next: what the calculator said, in its frame.
     """
@@ -115,7 +115,7 @@ class ToolCalls:
         self._expression: list[int] | None = None
 
     def see(self, token: int) -> None:
-        """Take note of a sampled token; the end of a call that has a value fills `forced`."""
+        """Take note of a token; the end of a call that has a value fills `forced`."""
         if token == self._start:
             self._expression = []
         elif self._expression is None:

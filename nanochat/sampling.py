@@ -62,7 +62,7 @@ class SamplingSettings:
 
     def key(self) -> int:
         """State of the row's generator, as a signed 64-bit integer."""
-        return _signed(_mix(_mix(self.seed % WORD) + GOLDEN_GAMMA * (self.sample + 1)))
+        return _signed(_mix((self.seed + GOLDEN_GAMMA * (self.sample + 1)) % WORD))
 
 
 class SamplingRows:

@@ -70,6 +70,7 @@ def test_special_tokens_in_a_message_are_plain_text(tokenizer: RustBPETokenizer)
         ([{"role": "system", "content": "x"}], "must be from the user"),
         ([{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}], "user is next"),
         ([{"role": "user", "content": "long " * 500}], r"takes \d+ tokens .* leaves 60"),
+        ([chat(1)[0], chat(1)[0], *chat(2)], "assistant is next"),
         ([*chat(3), {"role": "user", "content": "twice"}], "assistant is next"),
     ],
 )

@@ -104,6 +104,38 @@ def test_a_slot_forgets(model: GPT, tokenizer: RustBPETokenizer) -> None:
     assert engine.complete([short])[0].events == fresh.events
 
 
+def test_an_idle_slot_stays_within_what_the_others_read(
+    model: GPT, tokenizer: RustBPETokenizer
+) -> None:
+    engine = Engine(model, tokenizer, num_slots=2)
+    long, short = [5] * 75, [9, 4]
+    want = list(model.generate(short, 40, temperature=0))
+    for cancelled in (False, True):
+        ends_first = engine.submit(without_stops(long, 40 if cancelled else 3))
+        goes_on = engine.submit(without_stops(short, 40))
+        for _ in range(4):
+            engine.step()
+        engine.cancel(ends_first)
+        while engine.step():
+            pass
+        assert goes_on.tokens == want
+
+
+def test_a_prompt_is_copied_from_a_slot_that_still_answers_it(
+    model: GPT, tokenizer: RustBPETokenizer
+) -> None:
+    first, other, *_ = prompts(2, seed=11)
+    engine = Engine(model, tokenizer, num_slots=2)
+    handles = [
+        engine.submit(without_stops(tokens, length))
+        for tokens, length in ((first, 30), (other, 4), (first, 12))
+    ]
+    while engine.step():
+        pass
+    want = list(model.generate(first, 30, temperature=0))
+    assert [handle.tokens for handle in (handles[0], handles[2])] == [want, want[:12]]
+
+
 def test_more_requests_than_slots_take_turns(model: GPT, tokenizer: RustBPETokenizer) -> None:
     engine = Engine(model, tokenizer, num_slots=3)
     handles = [engine.submit(without_stops([i], 1 + i % 4)) for i in range(10)]
@@ -346,8 +378,9 @@ class TestCalculator:
         first, second = "<|python_start|>7*6<|python_end|>", "<|python_start|>1/4<|python_end|>"
         out = ["<|output_start|>42<|output_end|>", "<|output_start|>0.25<|output_end|>"]
         hidden = ["?" * len(self.ids(tokenizer, o)) for o in out]
-        said = f"{first}{hidden[0]}{second}{hidden[1]}<|assistant_end|>"
-        assert self.answer(tokenizer, said)[0] == f"{first}{out[0]}{second}{out[1]}"
+        said = f"{first}{hidden[0]}{second}{hidden[1]}<|python_end|>.<|assistant_end|>"
+        want = f"{first}{out[0]}{second}{out[1]}<|python_end|>."
+        assert self.answer(tokenizer, said)[0] == want
 
     @pytest.mark.parametrize(
         "said",
@@ -429,7 +462,8 @@ class TestThreads:
 
     def test_waiting_ends_when_there_is_work(self, model: GPT, tokenizer: RustBPETokenizer) -> None:
         engine = Engine(model, tokenizer)
-        engine.step()
+        engine.complete([without_stops([1])])
+        assert not engine.step()
         assert not engine.wait(0.01)
         handle = engine.submit(without_stops([1]))
         assert engine.wait(0)

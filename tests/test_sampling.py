@@ -2,10 +2,12 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
+from nanochat import sampling
 from nanochat.sampling import SamplingRows, SamplingSettings, sample, uniform
 
 VOCAB = 40
@@ -76,6 +78,22 @@ def test_rows_of_a_batch_keep_their_own_settings() -> None:
     assert set(together[2::5]) == set(logits.topk(3).indices.tolist())
 
 
+def test_an_unlimited_row_beside_a_limited_one_keeps_all_tokens() -> None:
+    pair = [SamplingSettings(seed=1), SamplingSettings(top_k=2, seed=1)]
+    settings = [replace(pair[i % 2], sample=i) for i in range(2000)]
+    tokens = draw(torch.zeros(VOCAB).index_fill(0, torch.tensor([0, 1]), 1.0), settings)
+    assert len(set(tokens[0::2].tolist())) == VOCAB
+    assert set(tokens[1::2].tolist()) == {0, 1}
+
+
+def test_the_smallest_random_number_takes_an_allowed_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sampling, "uniform", lambda keys, *_: torch.zeros(keys.shape).double())
+    logits = torch.arange(VOCAB).float()
+    assert draw(logits, [SamplingSettings(top_k=3)]).tolist() == [VOCAB - 3]
+
+
 def test_samples_and_seeds_and_positions_are_independent() -> None:
     logits = torch.zeros(1000)
     rows = SamplingRows(1, 1000, torch.device("cpu"))
@@ -123,9 +141,10 @@ def test_tokens_as_likely_as_the_last_one_are_let_in() -> None:
     assert set(draw(logits, settings).tolist()) == {0, 1, 2, 3}
 
 
-def test_no_temperature_is_too_low() -> None:
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-7])
+def test_no_temperature_is_too_low(temperature: float) -> None:
     logits = torch.tensor([-15.0, 14.0, 15.0])
-    assert draw(logits, [SamplingSettings(temperature=1e-300)]).tolist() == [2]
+    assert draw(logits, [SamplingSettings(temperature=temperature)]).tolist() == [2]
 
 
 @pytest.mark.parametrize("seed", [-5, 0, 2**64 + 3, 2**200])
