@@ -65,9 +65,7 @@ class Tokenizer:
         Raises  ValueError before training, or for lone surrogates.
         """
 
-    def encode_batch(
-        self, texts: Sequence[str], num_threads: int | None = None
-    ) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], num_threads: int | None = None) -> list[list[int]]:
         """Token ids of each text of a sequence, with one thread for each processor by default.
 
         Raises  ValueError as encode.
