@@ -61,7 +61,8 @@ def main() -> None:
     sampling = SamplingSettings(settings.temperature, settings.top_k, seed=settings.seed)
     name = f"chat_eval_{source.removeprefix('chat')}"
     tracker = Tracker(path.parent, runtime, name, settings, header={"checkpoint": str(path)})
-    results = Results(runtime.base_dir / "chat_eval", path, settings)
+    weights = meta["files"]["model.pt"]["sha256"]
+    results = Results(runtime.base_dir / "chat_eval", path, settings, weights)
     for task_name, task in tasks.items():
         if task_name not in results.tasks:
             started = time.perf_counter()
@@ -102,13 +103,14 @@ def line(values: dict[str, Any]) -> str:
 
 
 class Results:
-    """What was evaluated with these settings before: a JSON file that grows by tasks."""
+    """What these settings and weights gave before: a JSON file that grows by tasks."""
 
-    def __init__(self, folder: Path, checkpoint: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, checkpoint: Path, settings: Settings, weights: str) -> None:
         stage_name, tag, step = checkpoint.parts[-3:]
         self.path = folder / f"{stage_name.removesuffix('_checkpoints')}_{tag}_{step}.json"
         ignored = ("task_name", "fresh", "batch_size", "device", "kernels", "checkpoint")
         self.key = {k: v for k, v in asdict(settings).items() if k not in ignored}
+        self.key["weights"] = weights
         self.tasks: dict[str, dict[str, Any]] = {}
         if self.path.is_file() and not settings.fresh:
             saved = json.loads(self.path.read_text(encoding="utf-8"))

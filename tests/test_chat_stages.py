@@ -179,6 +179,11 @@ def test_chat_models_are_evaluated_once(rl: World) -> None:
     assert result.stat().st_mtime_ns == written
     assert "of 3, 0 too long" in evaluate("-i", "rl")
     assert len(list((rl.base_dir / "chat_eval").glob("*.json"))) == 2
+    saved = json.loads(result.read_text())
+    saved["settings"]["weights"] = "of another model of the same name and step"
+    result.write_text(json.dumps(saved))
+    evaluate("--checkpoint=chatsft_checkpoints/latest.pt")
+    assert json.loads(result.read_text())["settings"] != saved["settings"]
 
 
 def test_one_answer_in_the_terminal(sft: World) -> None:

@@ -143,13 +143,17 @@ def test_every_setting_has_a_comment(module):
 )
 def test_shipped_config(path):
     from nanochat.scaling import accumulation_steps
-    from scripts.base_train import Settings
 
-    settings = configurator.load(Settings, [path])
-    for world_size in (1, 2) if "dual_gpu" in path else (1,):
-        accumulation_steps(
-            settings.total_batch_size, settings.device_batch_size, settings.max_seq_len, world_size
-        )
+    name = Path(path).stem
+    # of a run's folder each file is for the script of its name; the others pretrain
+    script = name if (ROOT / "scripts" / f"{name}.py").exists() else "base_train"
+    settings = configurator.load(
+        __import__(f"scripts.{script}", fromlist=["Settings"]).Settings, [path]
+    )
+    if script == "base_train":
+        for world_size in (1, 2) if "dual_gpu" in path else (1,):
+            sizes = settings.total_batch_size, settings.device_batch_size, settings.max_seq_len
+            accumulation_steps(*sizes, world_size)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

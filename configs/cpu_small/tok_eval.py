@@ -1,0 +1,3 @@
+"""Compression on the embedded corpus and on other kinds of text."""
+
+dataset = "embedded"

@@ -1,0 +1,4 @@
+"""Tokenizer of the small model."""
+
+dataset = "embedded"
+vocab_size = 4096

@@ -1,0 +1,3 @@
+"""The six tasks of ChatCORE."""
+
+batch_size = 8

@@ -1,0 +1,5 @@
+"""One pass over the full mixture."""
+
+mixture = "full"
+device_batch_size = 8
+save_every = 200

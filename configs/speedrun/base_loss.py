@@ -1,0 +1,3 @@
+"""Bits per byte of both splits."""
+
+dataset = "fineweb-edu"

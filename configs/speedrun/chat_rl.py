@@ -1,0 +1,3 @@
+"""Reinforcement learning on GSM8K."""
+
+task = "GSM8K"

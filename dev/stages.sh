@@ -1,0 +1,143 @@
+# shellcheck shell=bash
+# The stages of a whole run, each done once; sourced by runcpu.sh, speedrun.sh and run1000.sh.
+#
+# A run is a folder of config files, one for each script: configs/speedrun/base_train.py. A stage
+# without a file there is left out, and so is one that --skip=STAGE names, until --with=STAGE takes it
+# back in. What has finished is not done again, an interrupted training goes on where it stopped, and whatever was trained from a model
+# that changes is removed before. Needs `name`, the script's own name, for its messages.
+
+usage() {
+    echo "usage: bash $name [CONFIG_FOLDER] [--skip=STAGE | --with=STAGE]..." >&2
+    echo "$name: $1" >&2
+    exit 2
+}
+
+# begin DEFAULT_FOLDER ARGUMENT...: reads the arguments and says where everything will lie.
+begin() {
+    folder=$1
+    skipped=" "
+    shift
+    for argument; do
+        case $argument in
+            --skip=*) skipped+="${argument#--skip=} " ;;
+            --with=*) skipped=${skipped// ${argument#--with=} / } ;;
+            -*) usage "there is no $argument" ;;
+            *) folder=$argument ;;
+        esac
+    done
+    [ -f "$folder/base_train.py" ] || usage "'$folder' has no base_train.py"
+    tag=$(basename "$folder")
+    export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+    marks="$NANOCHAT_BASE_DIR/runs/$tag"
+    mkdir -p "$marks"
+    changed=false
+    parent=base
+    trap 'echo "$name: stopped; run it again to go on" >&2; exit 130' INT TERM
+}
+
+left_out() {
+    [[ $skipped == *" $1 "* ]]
+}
+
+# is_done STAGE OUTPUT: it finished, its output is there, and nothing before it has just changed.
+is_done() {
+    [ "$changed" = false ] && [ -f "$marks/$1" ] && [ -e "$NANOCHAT_BASE_DIR/$2" ]
+}
+
+# once STAGE OUTPUT COMMAND...: OUTPUT lies below the base directory.
+once() {
+    local stage=$1 output=$2
+    shift 2
+    if left_out "$stage"; then
+        printf '\n== %s: left out\n' "$stage"
+    elif is_done "$stage" "$output"; then
+        printf '\n== %s: done before (%s)\n' "$stage" "$NANOCHAT_BASE_DIR/$output"
+    else
+        printf '\n== %s: %s\n' "$stage" "$*"
+        rm -f "$marks/$stage"
+        changed=true
+        "$@"
+        touch "$marks/$stage"
+    fi
+}
+
+# look STAGE OUTPUT COMMAND...: once, and what follows does not depend on it.
+look() {
+    local before=$changed
+    once "$@"
+    changed=$before
+}
+
+# on_gpus SCRIPT ARGUMENT...: by torchrun where there are several processes to run.
+on_gpus() {
+    local script=$1
+    shift
+    if [ "${NPROC_PER_NODE:-1}" = 1 ]; then
+        python -m "scripts.$script" "$@"
+    else
+        torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m "scripts.$script" "$@"
+    fi
+}
+
+# forget_models_after STAGE: removes what was trained from its model.
+forget_models_after() {
+    local model later=false
+    for model in tokenizer base mid chatsft chatrl; do
+        if [ "$later" = true ] && [ -e "$NANOCHAT_BASE_DIR/${model}_checkpoints/$tag" ]; then
+            echo "$name: removing ${model}_checkpoints/$tag: what it was trained from changes"
+            rm -r "${NANOCHAT_BASE_DIR:?}/${model}_checkpoints/$tag"
+        fi
+        [ "$model" != "$1" ] || later=true
+    done
+}
+
+# train MODEL SCRIPT ARGUMENT...: a stage that leaves a model, then its evaluation in a chat.
+train() {
+    local model=$1 script=$2
+    local output="${model}_checkpoints/$tag/latest.pt"
+    shift 2
+    if [ ! -f "$folder/$script.py" ] || left_out "$script"; then
+        printf '\n== %s: left out\n' "$script"
+        return
+    fi
+    is_done "$script" "$output" || forget_models_after "$model"
+    once "$script" "$output" \
+        on_gpus "$script" "$folder/$script.py" "$@" --model_tag="$tag" --resume
+    parent=$model
+    if [ -f "$folder/base_loss.py" ] && [ "$model" = base ]; then
+        look base_loss "$output" on_gpus base_loss "$folder/base_loss.py" --checkpoint="$output"
+    fi
+    if [ -f "$folder/base_eval.py" ] && [ "$model" = base ]; then
+        look base_eval "$output" on_gpus base_eval "$folder/base_eval.py" --checkpoint="$output"
+    fi
+    if [ -f "$folder/chat_eval.py" ]; then
+        look "chat_eval_${model#chat}" "$output" \
+            on_gpus chat_eval "$folder/chat_eval.py" --checkpoint="$output"
+    fi
+}
+
+# train_and_evaluate: every stage behind the data.
+train_and_evaluate() {
+    if [ -f "$folder/tok_train.py" ]; then
+        is_done tok_train tokenizer/tokenizer_ranks.json || forget_models_after tokenizer
+        once tok_train tokenizer/tokenizer_ranks.json \
+            python -m scripts.tok_train "$folder/tok_train.py"
+    fi
+    if [ -f "$folder/tok_eval.py" ]; then
+        look tok_eval tokenizer/tokenizer_ranks.json \
+            python -m scripts.tok_eval "$folder/tok_eval.py"
+    fi
+    train base base_train
+    train mid mid_train --base_checkpoint="base_checkpoints/$tag/latest.pt"
+    train chatsft chat_sft --source="$parent" --mid_checkpoint="${parent}_checkpoints/$tag/latest.pt"
+    train chatrl chat_rl --source="$parent" --sft_checkpoint="${parent}_checkpoints/$tag/latest.pt"
+    python -m nanochat.report generate
+    if [ -f "$folder/chat_cli.py" ]; then
+        printf '\n== one answer\n'
+        python -m scripts.chat_cli "$folder/chat_cli.py" \
+            --checkpoint="${parent}_checkpoints/$tag/latest.pt"
+    fi
+    printf '\n%s: finished; the report is %s\n' "$name" "$NANOCHAT_BASE_DIR/report/report.md"
+    printf 'talk to it: python -m scripts.chat_web --checkpoint=%s\n' \
+        "${parent}_checkpoints/$tag/latest.pt"
+}
