@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests of nightly length")
+    parser.addoption("--chromium", help="debugging address of a Chromium for the chat's page")
     parser.addoption("--real-data", type=Path, help="folder with base_data/ of real text shards")
 
 
