@@ -37,11 +37,11 @@ class World:
 
     base_dir: Path
 
-    def run(self, script: str, *arguments: str, ranks: int = 1, code: int = 0) -> str:
+    def start(self, script: str, *arguments: str, ranks: int = 1) -> subprocess.Popen[str]:
         launcher = [sys.executable]
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        result = subprocess.run(
+        return subprocess.Popen(
             [*launcher, str(ROOT / "scripts" / f"{script}.py"), *COMMON, *arguments],
             env=os.environ
             | {
@@ -52,10 +52,14 @@ class World:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=300,
         )
-        assert result.returncode == code, result.stdout
-        return result.stdout
+
+    def run(self, script: str, *arguments: str, ranks: int = 1, code: int = 0) -> str:
+        output, _ = (process := self.start(script, *arguments, ranks=ranks)).communicate(
+            timeout=300
+        )
+        assert process.returncode == code, output
+        return output
 
     def weights(self, stage: str, tag: str, step: int = 6) -> dict[str, torch.Tensor]:
         folder = self.base_dir / f"{stage}_checkpoints" / tag / f"{step:06d}"
@@ -152,6 +156,31 @@ def test_reinforcement_records_rewards_and_resumes_bit_for_bit(rl: World) -> Non
     step = rl.base_dir / "chatrl_checkpoints" / "d2" / "000004"
     rl.run("chat_rl", *RL, f"--resume_from={step}", "--model_tag=again")
     assert_same(rl.weights("chatrl", "d2"), rl.weights("chatrl", "again"))
+
+
+@pytest.mark.parametrize(
+    ("script", "stage", "flags"),
+    [
+        ("mid_train", "mid", (*MID, "--base_checkpoint=base_checkpoints/latest.pt")),
+        ("chat_sft", "chatsft", (*SFT, "--mid_checkpoint=mid_checkpoints/d2/000006")),
+        ("chat_rl", "chatrl", (*RL, "--sft_checkpoint=chatsft_checkpoints/d2/000006")),
+    ],
+)
+def test_a_killed_stage_goes_on_bit_for_bit(
+    rl: World, script: str, stage: str, flags: tuple[str, ...]
+) -> None:
+    again = (*flags, "--model_tag=killed", "--save_every=1", "--resume")
+    for seconds in (0.0, 0.15):  # after a step: while it saves, while it trains
+        process = rl.start(script, *again)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 0") and "loss" in line and "validation" not in line:
+                break
+        time.sleep(seconds)
+        process.kill()
+        process.communicate()
+    assert "resuming from" in rl.run(script, *again)
+    assert_same(rl.weights(stage, "d2"), rl.weights(stage, "killed"))
 
 
 def test_switches_of_reinforcement(rl: World) -> None:
