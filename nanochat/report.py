@@ -278,8 +278,8 @@ def _summary(stages: Mapping[str, list[Record]]) -> str:
             for record in _series(stages.get(trainer, []), "eval")
         ]
         if column == "BASE":
-            found = stages.get("base_eval", [])
-            scores += [("CORE", record.get("core")) for record in found]
+            for stage in (trainer, "base_eval"):
+                scores += [("CORE", record.get("core")) for record in stages.get(stage, [])]
         for record in stages.get(evaluator, []):
             if record.get("kind") == "task":
                 scores.append((str(record.get("task")), record.get("accuracy")))

@@ -8,12 +8,16 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
 from typing import cast
 
 import torch
 
 from nanochat import configurator, scaling, schedule, stage
 from nanochat.common import Runtime, StopRequest, freeze_garbage, print0, setup_training
+from nanochat.core_bundle import CoreTask, get_bundle, load_tasks
+from nanochat.core_eval import centred, evaluate_task
 from nanochat.dataloader import CUDAPrefetcher, DataLoader
 from nanochat.dataset import resolve_data_dir
 from nanochat.kernels.registry import format_choices, select
@@ -65,6 +69,9 @@ class Settings:
     final_lr_frac: float = 0.0  # the rates at the very end, as a share of their peak
     eval_every: int = 250  # steps between validations; -1 validates only at the end
     eval_tokens: int = 20 * 524_288  # validation tokens
+    core_metric_every: int = -1  # steps between evaluations of CORE, and at the end; -1 is never
+    core_metric_max_per_task: int = 500  # examples of each CORE task; -1 is all
+    core_bundle_dir: str = ""  # unpacked CORE bundle; empty downloads it to the base directory
     sample_every: int = 2000  # steps between samples; -1 samples only at the end
     save_every: int = -1  # steps between checkpoints; -1 saves only at the end
     keep_last: int = 2  # newest checkpoints kept; 0 keeps all
@@ -185,6 +192,17 @@ def main() -> None:
             tracker.log("sample", state.step, prompt=prompt, text=text)
             print0(f"  {text!r}")
 
+    core_tasks = load_core_tasks(settings, runtime)
+
+    def core_metric() -> float:
+        scores = []
+        for task in core_tasks:
+            accuracy = evaluate_task(
+                model, tokenizer, task, runtime, max_per_task=settings.core_metric_max_per_task
+            )
+            scores.append(centred(accuracy, task.guessing_percent))
+        return fmean(scores)
+
     started = time.perf_counter()
     batches = loader("train", state.loader_state)
     freeze_garbage()
@@ -198,6 +216,10 @@ def main() -> None:
             state.min_bpb = min(state.min_bpb, bpb)
             tracker.log("eval", step, split="val", bpb=bpb)
             print0(f"step {step:05d} | validation bpb {bpb:.4f}")
+        if core_tasks and (last or due(step, settings.core_metric_every)):
+            core = core_metric()
+            tracker.log("core", step, core=core, max_per_task=settings.core_metric_max_per_task)
+            print0(f"step {step:05d} | CORE {core:.4f}")
         if runtime.is_main and (last or due(step, settings.sample_every)):
             sample()
         if last or stop.agreed(runtime):
@@ -228,6 +250,13 @@ def main() -> None:
     batches.close()
     early = None if last else stop
     state.finish(tracker, runtime, early, settings.keep_last, started, min_bpb=state.min_bpb)
+
+
+def load_core_tasks(settings: Settings, runtime: Runtime) -> list[CoreTask]:
+    """The tasks of CORE, none if it is never evaluated."""
+    if settings.core_metric_every <= 0:
+        return []
+    return load_tasks(Path(settings.core_bundle_dir or get_bundle(runtime.base_dir)))
 
 
 def build_meter(

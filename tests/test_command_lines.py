@@ -192,6 +192,7 @@ def test_what_the_pipeline_leaves(house: House, done: dict[str, CompletedProcess
         ("python -m scripts.base_train --matrix_lr=0.03", "", "step 00002/00002"),
         (f"python -m scripts.base_train --config {STABLE}", "", "step 00002/00002"),
         (f"python -m scripts.base_train --config={STABLE}", "", "step 00002/00002"),
+        ("python -m scripts.base_train --core_metric_every=1", "", "step 00001 | CORE "),
         ("python -m scripts.base_eval", "--bundle_dir={base}/bundle --device=cpu", "core "),
         ("python -m scripts.base_eval --tasks=toy", "--bundle_dir={base}/bundle", "mean centred"),
         ("python -m scripts.base_loss", SMALL_LOSS, "train bpb"),
@@ -212,7 +213,7 @@ def test_other_spellings(
 
     monkeypatch.setattr("tiktoken.get_encoding", no_network)
     if "base_train" in command:
-        more = f"{SMALL} --model_tag=spelled"
+        more = f"{SMALL} --model_tag=spelled --core_bundle_dir={{base}}/bundle"
     elif "tok_train" in command:
         more += " --output_dir={base}/spelled"
     assert printed in run_here(

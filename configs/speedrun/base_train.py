@@ -8,3 +8,4 @@ total_batch_size = 524_288
 target_param_data_ratio = 20.0
 compile = True
 save_every = 1000
+core_metric_every = 2000
