@@ -20,6 +20,8 @@ from nanochat.policy_gradient import pass_at_k
 from nanochat.sampling import SamplingSettings
 from nanochat.tokenizer_base import Tokenizer
 
+# waiting for each slot of the engine, so that a long answer does not leave the other slots idle
+REQUESTS_A_SLOT = 16
 # accuracy of guessing: four choices, or none
 BASELINES = {
     "ARC-Easy": 0.25,
@@ -111,13 +113,13 @@ def evaluate_generative(
     """Share of problems with a right answer among num_samples, and pass@k of each power of two.
 
     sampling  of the first sample; the others differ in their random numbers alone. Problems are
-              shared over the ranks and decoded as many at a time as the engine has slots.
+              shared over the ranks.
     """
     ks = [k for k in range(1, num_samples + 1) if k & (k - 1) == 0]
     passed = torch.zeros(len(ks), dtype=torch.float64, device=runtime.device)
     right = too_long = 0
     indices = share(task, runtime, max_problems)
-    at_once = max(1, engine.num_slots // num_samples)
+    at_once = max(1, REQUESTS_A_SLOT * engine.num_slots // num_samples)
     for start in range(0, len(indices), at_once):
         conversations = [task[i] for i in indices[start : start + at_once]]
         requests = []
