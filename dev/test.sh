@@ -29,5 +29,5 @@ else
     say "cargo: skipped, there is no cargo or no rustbpe/Cargo.toml"
 fi
 say "pytest"
-# Several workers of one machine must not each take every core.
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -q "$@"
+# A worker for each core, each with one thread, and a file's tests together with what they share.
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -q -n auto --maxprocesses=8 --dist=loadfile "$@"
