@@ -6,14 +6,14 @@ A stage's script keeps its loop; the state that a checkpoint must hold lives her
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanochat import checkpoint_manager, hardware, scaling
+from nanochat import checkpoint_manager, hardware, precision, scaling
 from nanochat.adamw import AdamW
 from nanochat.common import Runtime, StopRequest, print0
 from nanochat.gpt import GPT, GPTConfig
@@ -67,6 +67,7 @@ def load_pretrained(
         tokenizer_fingerprint=tokenizer.fingerprint(),
     )
     model = build_model(GPTConfig(**meta["model_config"]), runtime, runtime.seed)
+    precision.accept_weights(model, meta)
     model.load_state_dict(checkpoint_manager.load_model_state(path, runtime.device))
     print0(f"loaded {path}")
     return model, meta, path
@@ -231,6 +232,53 @@ class TrainState:
         runtime.close()
         if stop is not None:
             sys.exit(stop.exit_code)
+
+
+def open_run(
+    stage: str,
+    tag: str,
+    model: GPT,
+    meter: Meter,
+    settings: Any,
+    runtime: Runtime,
+    record: Mapping[str, Any],
+    meta: Mapping[str, Any],
+) -> tuple[TrainState, Tracker]:
+    """The optimizers, state and records of a run, taken up where it stopped if that is asked for.
+
+    settings  of a training script: its rates, run, resume and resume_from
+    record    for the checkpoints and for the records; meta is for the checkpoints alone.
+    Raises    ValueError for a bad tag or a checkpoint that does not fit; nothing is written then.
+    """
+    share = getattr(settings, "init_lr_frac", 1.0)
+    state = TrainState(
+        model,
+        model.setup_optimizers(
+            settings.embedding_lr * share,
+            settings.unembedding_lr * share,
+            settings.matrix_lr * share,
+            settings.weight_decay,
+            distributed=runtime.world_size > 1,
+            newton_schulz=settings.newton_schulz,
+        ),
+        meter,
+        stage,
+        tag,
+        {"settings": asdict(settings), **record, **meta},
+    )
+    resumed = find_resume(stage, tag, settings.resume, settings.resume_from, runtime.base_dir)
+    if resumed is not None:
+        state.restore(resumed, runtime)
+    tracker = Tracker(
+        state.directory(runtime),
+        runtime,
+        stage,
+        settings,
+        run="dummy" if getattr(settings, "use_dummy_wandb", False) else settings.run,
+        resume_step=None if resumed is None else state.step,
+        header=record,
+    )
+    return state, tracker
 
 
 def due(step: int, every: int) -> bool:

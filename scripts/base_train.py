@@ -14,7 +14,7 @@ from typing import cast
 
 import torch
 
-from nanochat import configurator, scaling, schedule, stage
+from nanochat import configurator, precision, scaling, schedule, stage
 from nanochat.common import Runtime, StopRequest, freeze_garbage, print0, setup_training
 from nanochat.core_bundle import CoreTask, get_bundle, load_tasks
 from nanochat.core_eval import centred, evaluate_task
@@ -25,7 +25,6 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.profiler import Meter, console_line, peak_memory_gib
 from nanochat.stage import due
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
-from nanochat.tracking import Tracker
 from nanochat.train_step import set_rates, train_step
 
 SAMPLE_PROMPTS = (
@@ -80,6 +79,10 @@ class Settings:
     resume_from: str = ""  # go on from this checkpoint: file, folder, tag or step
     kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
     compile: bool = False  # torch.compile the model
+    precision: str = "plain"  # plain: the compute dtype; mxfp4: block-scaled, experiments/mxfp4
+    mx_recipe: str = ""  # recipe of --precision=mxfp4; empty is mx8f_mx4b
+    mx_backend: str = ""  # native, an error where the GPU has no such products; or emulate
+    mx_keep: str = ""  # layers left in the compute dtype: blocks.0,blocks.*.mlp.c_proj
     packing: str = "stream"  # stream, or bestfit: each row begins with a document
     skip_bad_shards: bool = False  # leave out unreadable shards instead of stopping
     token_cache: bool = False  # tokenize once, into <base dir>/token_cache, and read from there
@@ -106,43 +109,26 @@ def main() -> None:
         settings.depth, settings.n_kv_head, settings.max_seq_len, tokenizer.get_vocab_size()
     )
     model = stage.build_model(config, runtime, settings.seed)
+    numerics = precision.prepare(settings.precision, model, runtime, asdict(settings))
+    record = {
+        "kernels": stage.choices_record(kernels),
+        "precision": numerics.record,
+        "data_dir": str(data_dir),
+    }
     meter = build_meter(settings, model.num_parameters().total, model.estimate_flops, runtime)
-    state = stage.TrainState(
+    state, tracker = stage.open_run(
+        "base",
+        settings.model_tag or f"d{settings.depth}",
         model,
-        model.setup_optimizers(
-            settings.embedding_lr,
-            settings.unembedding_lr,
-            settings.matrix_lr,
-            settings.weight_decay,
-            distributed=runtime.world_size > 1,
-            newton_schulz=settings.newton_schulz,
-        ),
         meter,
-        stage="base",
-        tag=settings.model_tag or f"d{settings.depth}",
-        meta={
-            "settings": asdict(settings),
-            "kernels": stage.choices_record(kernels),
-            "tokenizer_fingerprint": tokenizer.fingerprint(),
-        },
+        settings,
+        runtime,
+        record,
+        meta={"tokenizer_fingerprint": tokenizer.fingerprint()},
     )
-    resumed = stage.find_resume(
-        "base", state.tag, settings.resume, settings.resume_from, runtime.base_dir
-    )
-    if resumed is not None:
-        state.restore(resumed, runtime)
     trained = model
     if settings.compile:
         trained = cast(torch.nn.Module, torch.compile(model, dynamic=False))
-    tracker = Tracker(
-        state.directory(runtime),
-        runtime,
-        "base",
-        settings,
-        run="dummy" if settings.use_dummy_wandb else settings.run,
-        resume_step=None if resumed is None else state.step,
-        header={"kernels": stage.choices_record(kernels), "data_dir": str(data_dir)},
-    )
     plan = {
         "depth": settings.depth,
         "num_params": model.num_parameters().total,
@@ -225,6 +211,7 @@ def main() -> None:
         if last or stop.agreed(runtime):
             break
 
+        numerics.begin_step(step)
         before = time.perf_counter()
         micro_batches = [next(batches) for _ in range(accumulation)]
         state.loader_state = micro_batches[-1].state

@@ -6,7 +6,7 @@ torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl --num_samples=16 --r
 
 import copy
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import mean
 
 import torch
@@ -27,7 +27,6 @@ from nanochat.policy_gradient import (
 from nanochat.profiler import Meter, console_line, peak_memory_gib
 from nanochat.stage import due
 from nanochat.tokenizer import get_tokenizer
-from nanochat.tracking import Tracker
 from nanochat.train_step import set_rates, train_step
 from tasks.registry import get_task
 
@@ -103,39 +102,15 @@ def main() -> None:
         runtime.world_size,
         num_iterations,
     )
-    state = stage.TrainState(
-        model,
-        model.setup_optimizers(
-            settings.embedding_lr * settings.init_lr_frac,
-            settings.unembedding_lr * settings.init_lr_frac,
-            settings.matrix_lr * settings.init_lr_frac,
-            settings.weight_decay,
-            distributed=runtime.world_size > 1,
-            newton_schulz=settings.newton_schulz,
-        ),
-        meter,
-        stage="chatrl",
-        tag=settings.model_tag or parent_meta["tag"],
-        meta={
-            "settings": asdict(settings),
-            "kernels": stage.choices_record(kernels),
-            "tokenizer_fingerprint": tokenizer.fingerprint(),
-            "parent": str(parent_path),
-        },
-    )
-    resumed = stage.find_resume(
-        "chatrl", state.tag, settings.resume, settings.resume_from, runtime.base_dir
-    )
-    if resumed is not None:
-        state.restore(resumed, runtime)
-    tracker = Tracker(
-        state.directory(runtime),
-        runtime,
+    state, tracker = stage.open_run(
         "chatrl",
+        settings.model_tag or parent_meta["tag"],
+        model,
+        meter,
         settings,
-        run=settings.run,
-        resume_step=None if resumed is None else state.step,
-        header={"kernels": stage.choices_record(kernels), "checkpoint": str(parent_path)},
+        runtime,
+        record={"kernels": stage.choices_record(kernels), "parent": str(parent_path)},
+        meta={"tokenizer_fingerprint": tokenizer.fingerprint()},
     )
     filler = tokenizer.encode_special("<|assistant_end|>")
 

@@ -6,7 +6,7 @@ torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft
 
 import itertools
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -21,7 +21,6 @@ from nanochat.profiler import Meter, console_line, peak_memory_gib
 from nanochat.stage import due
 from nanochat.task_eval import evaluate_categorical
 from nanochat.tokenizer import get_tokenizer
-from nanochat.tracking import Tracker
 from nanochat.train_step import set_rates, train_step
 from tasks.mixtures import sft_mixture
 from tasks.registry import get_task
@@ -98,43 +97,19 @@ def main() -> None:
         runtime.world_size,
         num_iterations,
     )
-    state = stage.TrainState(
+    state, tracker = stage.open_run(
+        "chatsft",
+        settings.model_tag or parent_meta["tag"],
         model,
-        model.setup_optimizers(
-            settings.embedding_lr * settings.init_lr_frac,
-            settings.unembedding_lr * settings.init_lr_frac,
-            settings.matrix_lr * settings.init_lr_frac,
-            settings.weight_decay,
-            distributed=runtime.world_size > 1,
-            newton_schulz=settings.newton_schulz,
-        ),
         meter,
-        stage="chatsft",
-        tag=settings.model_tag or parent_meta["tag"],
-        meta={
-            "settings": asdict(settings),
-            "kernels": stage.choices_record(kernels),
-            "tokenizer_fingerprint": tokenizer.fingerprint(),
-            "parent": str(parent_path),
-        },
+        settings,
+        runtime,
+        record={"kernels": stage.choices_record(kernels), "parent": str(parent_path)},
+        meta={"tokenizer_fingerprint": tokenizer.fingerprint()},
     )
-    resumed = stage.find_resume(
-        "chatsft", state.tag, settings.resume, settings.resume_from, runtime.base_dir
-    )
-    if resumed is not None:
-        state.restore(resumed, runtime)
     trained = model
     if settings.compile:
         trained = cast(torch.nn.Module, torch.compile(model, dynamic=False))
-    tracker = Tracker(
-        state.directory(runtime),
-        runtime,
-        "chatsft",
-        settings,
-        run=settings.run,
-        resume_step=None if resumed is None else state.step,
-        header={"kernels": stage.choices_record(kernels), "checkpoint": str(parent_path)},
-    )
     tracker.log(
         "plan",
         state.step,

@@ -15,7 +15,7 @@ FLOORS = (
     " hub_dataset embedded_corpus dataset dataloader conversation_loader"
     " document_source token_cache",
     "stage train_step policy_gradient checkpoint_manager checkpoint_reader engine execution"
-    " confinement loss_eval"
+    " precision confinement loss_eval"
     " core_eval core_bundle task_eval calculator sampling generation chat_session answer"
     " chat_server"
     " memory profiler report",

@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     *(path.name for path in sorted(ROOT.glob("*.md"))),
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+    "experiments/mxfp4/README.md",
 ]
+PACKAGES = ("scripts.", "nanochat.", "dev.", "bench.", "experiments.")
 READMES = ("README.md", "README.zh-CN.md")
 # Commands of others, and those whose running would install or change something.
 UNCHECKED = ("uv", "git", "cd", "tail", "watch", "cargo", "ruff", "pyright", "pytest", "cp")
@@ -47,7 +49,7 @@ def documented_commands() -> list[str]:
 def script_call(words: list[str]) -> tuple[str, list[str]] | None:
     """("scripts.base_train", its arguments), however the script is started."""
     for i, word in enumerate(words):
-        if words[i - 1] == "-m" and word.startswith(("scripts.", "nanochat.", "dev.", "bench.")):
+        if words[i - 1] == "-m" and word.startswith(PACKAGES):
             return word, words[i + 1 :]
         if match := re.fullmatch(r"((?:scripts|nanochat)/\w+)\.py", word):
             return match[1].replace("/", "."), words[i + 1 :]
@@ -77,7 +79,7 @@ def test_documented_command(command):
     if module.startswith("scripts."):
         settings = __import__(module, fromlist=["Settings"]).Settings
         configurator.load(settings, arguments)  # exits with 2 for a flag that does not exist
-    elif module.startswith(("nanochat.", "bench.")):
+    elif module.startswith(("nanochat.", "bench.", "experiments.")):
         for word in arguments:
             if word.startswith("-"):
                 flag = word.partition("=")[0]

@@ -29,7 +29,7 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from nanochat.kernels import (  # noqa: F401  registers every operation
@@ -114,31 +114,55 @@ def inspect(cubin: bytes) -> tuple[int, str]:
         return int(usage[1]), cuobjdump("--dump-sass")
 
 
+@dataclass(frozen=True)
+class Binary:
+    """A compiled kernel; `spills` are stores of registers to local memory."""
+
+    registers: int
+    spills: int
+    shared_bytes: int
+    seconds: float
+    ttir: str
+    ptx: str
+    sass: str
+
+
+def compile_for(launch: Launch, capability: int) -> CompiledKernel:
+    """Compile a recorded launch for a GPU of that compute capability (90, 100, 120)."""
+    source, options = specialise(launch, capability)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def build(launch: Launch, capability: int) -> Binary:
+    """Compile a recorded launch, and measure what came out."""
+    start = time.perf_counter()
+    compiled = compile_for(launch, capability)
+    seconds = time.perf_counter() - start
+    registers, sass = inspect(compiled.asm["cubin"])
+    # a zero is no spill: sm_120 passes one to the guard that stands before each TMA load
+    spills = len(re.findall(r"\bSTL\b[^,]*, R\d", sass))
+    texts = (compiled.asm["ttir"], compiled.asm["ptx"], sass)
+    return Binary(registers, spills, compiled.metadata.shared, seconds, *texts)
+
+
 def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     """Compile for `target`; the measured fields of a Row."""
     capability, shared_limit, mma_name = TARGETS[target]
-    source, options = specialise(launch, capability)
-    start = time.perf_counter()
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    seconds = time.perf_counter() - start
-    registers, sass = inspect(compiled.asm["cubin"])
-    mma = len(re.findall(rf"\b{mma_name}\b", sass))
-    # a zero is no spill: sm_120 passes one to the guard that stands before each TMA load
-    spills = len(re.findall(r"\bSTL\b[^,]*, R\d", sass))
-    shared = compiled.metadata.shared
+    binary = build(launch, capability)
+    mma = len(re.findall(rf"\b{mma_name}\b", binary.sass))
     faults = []
-    if spills:
-        faults.append(f"{spills} spills")
-    if shared > shared_limit:
-        faults.append(f"{shared} B of shared memory, limit {shared_limit}")
-    if re.search(r"tt\.dot .*x(bf16|f16)> \*", compiled.asm["ttir"]) and not mma:
+    if binary.spills:
+        faults.append(f"{binary.spills} spills")
+    if binary.shared_bytes > shared_limit:
+        faults.append(f"{binary.shared_bytes} B of shared memory, limit {shared_limit}")
+    if re.search(r"tt\.dot .*x(bf16|f16)> \*", binary.ttir) and not mma:
         faults.append(f"no {mma_name}")
     return {
-        "registers": registers,
-        "spills": spills,
-        "shared_bytes": shared,
+        "registers": binary.registers,
+        "spills": binary.spills,
+        "shared_bytes": binary.shared_bytes,
         "mma": mma,
-        "seconds": round(seconds, 2),
+        "seconds": round(binary.seconds, 2),
         "faults": ", ".join(faults),
     }
 

@@ -64,6 +64,11 @@ def recording(architecture: str) -> Iterator[Recorder]:
         _recorder.reset(token)
 
 
+def current_recorder() -> Recorder | None:
+    """The recorder of the `recording` block this runs in, or None where kernels run."""
+    return _recorder.get()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Run `kernel` over `grid`; options are its constants, num_warps and num_stages."""
     recorder = _recorder.get()

@@ -1,0 +1,1 @@
+"""Experiments: research on top of the house; nothing in the house imports them."""

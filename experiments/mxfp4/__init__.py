@@ -1,0 +1,1 @@
+"""Training in block-scaled 4-bit numbers: formats, kernels, recipes."""

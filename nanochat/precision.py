@@ -1,0 +1,96 @@
+"""The number format in which a model's linear layers multiply, by name.
+
+"plain" is the compute dtype of the run. Any other name is a folder experiments/NAME, imported when
+it is asked for, with a module precision.py that has
+
+    prepare(model, runtime, options) -> Precision    before the optimizers and torch.compile
+    accept_weights(model, description) -> None       before the weights of a quantized checkpoint
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, Protocol
+
+from nanochat.common import Runtime
+from nanochat.gpt import GPT
+
+PLAIN = "plain"
+OPTION = "mx_"  # how settings begin that only an experiment takes
+EXPERIMENTS = "experiments"
+QUANTIZED = "quantized_weights"  # in the meta of a checkpoint: {"precision": NAME, ...}
+
+
+class Precision(Protocol):
+    """What a training loop needs of it.
+
+    record  plain values for checkpoints and metrics: what every product runs in.
+    """
+
+    record: dict[str, Any]
+
+    def begin_step(self, step: int) -> None:
+        """Draw whatever is random in this step: a resumed run draws the same."""
+        ...
+
+
+class Plain:
+    """Every product in the compute dtype."""
+
+    def __init__(self) -> None:
+        self.record: dict[str, Any] = {"name": PLAIN}
+
+    def begin_step(self, step: int) -> None:
+        """Nothing is random."""
+
+
+def prepare(name: str, model: GPT, runtime: Runtime, settings: Mapping[str, Any]) -> Precision:
+    """Make the model multiply as `name` says; its parameters and their names stay.
+
+    settings  of the script: those called mx_... are options of an experiment, empty ones its
+              defaults; the others are ignored.
+    Raises    ValueError for an unknown name, and for options where nothing takes them.
+    """
+    options = {key: value for key, value in settings.items() if key.startswith(OPTION)}
+    if name != PLAIN:
+        return _experiment(name).prepare(model, runtime, options)
+    given = [flag for flag, value in options.items() if value]
+    if given:
+        raise ValueError(
+            f"--{given[0]}={options[given[0]]} means nothing with --precision={PLAIN}; choose "
+            f"--precision={' or '.join(_names())}, or leave it out"
+        )
+    return Plain()
+
+
+def accept_weights(model: GPT, meta: Mapping[str, Any]) -> None:
+    """Make room in the model for the weights of a checkpoint, if its meta says they are quantized.
+
+    Raises  ValueError for a precision that is not here.
+    """
+    description = meta.get(QUANTIZED)
+    if description is not None:
+        _experiment(description["precision"]).accept_weights(model, description)
+
+
+def _names() -> list[str]:
+    """Folders of experiments; none where only the package nanochat is installed."""
+    try:
+        package = importlib.import_module(EXPERIMENTS)
+    except ModuleNotFoundError:
+        return []
+    return [module.name for module in pkgutil.iter_modules(package.__path__) if module.ispkg]
+
+
+def _experiment(name: str) -> ModuleType:
+    names = _names()
+    if name not in names:
+        near = difflib.get_close_matches(name, [PLAIN, *names], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"precision {name!r} is unknown; {hint}known: {', '.join([PLAIN, *names])}; all but "
+            f"{PLAIN} are folders of {EXPERIMENTS}/ in a checkout"
+        )
+    return importlib.import_module(f"{EXPERIMENTS}.{name}.precision")
