@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.rows import TIMED, UNSAVED, Row
+from bench.contenders import OURS
+from bench.rows import REFUSED, TIMED, UNSAVED, Row
 
 
 class Replay:
@@ -24,9 +25,15 @@ class Replay:
 
 
 def report(row: Row, benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> None:
-    """Give a row's samples and fields to the plugin; skip with the reason if it was not timed."""
+    """Give a row's samples and fields to the plugin.
+
+    What was not timed is skipped with the reason; an implementation of ours that is wrong fails.
+    """
     if row["status"] != TIMED:
-        pytest.skip(f"{row['contender']} {row['status']}: {row['reason']}")
+        reason = f"{row['contender']} {row['status']}: {row['reason']}"
+        if row["status"] == REFUSED and row.get("role") == OURS:
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
     marker = request.node.get_closest_marker("benchmark")
     assert marker is not None
     samples: Sequence[float] = row[UNSAVED]

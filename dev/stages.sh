@@ -91,6 +91,13 @@ forget_models_after() {
     done
 }
 
+# evaluate STAGE SCRIPT CHECKPOINT
+evaluate() {
+    if [ -f "$folder/$2.py" ]; then
+        look "$1" "$3" on_gpus "$2" "$folder/$2.py" --checkpoint="$3"
+    fi
+}
+
 # train MODEL SCRIPT ARGUMENT...: a stage that leaves a model, then its evaluation in a chat.
 train() {
     local model=$1 script=$2
@@ -104,16 +111,11 @@ train() {
     once "$script" "$output" \
         on_gpus "$script" "$folder/$script.py" "$@" --model_tag="$tag" --resume
     parent=$model
-    if [ -f "$folder/base_loss.py" ] && [ "$model" = base ]; then
-        look base_loss "$output" on_gpus base_loss "$folder/base_loss.py" --checkpoint="$output"
+    if [ "$model" = base ]; then
+        evaluate base_loss base_loss "$output"
+        evaluate base_eval base_eval "$output"
     fi
-    if [ -f "$folder/base_eval.py" ] && [ "$model" = base ]; then
-        look base_eval "$output" on_gpus base_eval "$folder/base_eval.py" --checkpoint="$output"
-    fi
-    if [ -f "$folder/chat_eval.py" ]; then
-        look "chat_eval_${model#chat}" "$output" \
-            on_gpus chat_eval "$folder/chat_eval.py" --checkpoint="$output"
-    fi
+    evaluate "chat_eval_${model#chat}" chat_eval "$output"
 }
 
 # train_and_evaluate: every stage behind the data.

@@ -243,20 +243,23 @@ def open_run(
     runtime: Runtime,
     record: Mapping[str, Any],
     meta: Mapping[str, Any],
+    init_lr_frac: float = 1.0,
+    run: str = "dummy",
 ) -> tuple[TrainState, Tracker]:
     """The optimizers, state and records of a run, taken up where it stopped if that is asked for.
 
-    settings  of a training script: its rates, run, resume and resume_from
-    record    for the checkpoints and for the records; meta is for the checkpoints alone.
-    Raises    ValueError for a bad tag or a checkpoint that does not fit; nothing is written then.
+    settings      of a training script: its rates, resume and resume_from
+    record        for the checkpoints and for the records; meta is for the checkpoints alone.
+    init_lr_frac  share of the settings' rates
+    run           name of the wandb run
+    Raises        ValueError for a bad tag or a checkpoint that does not fit, before any writing.
     """
-    share = getattr(settings, "init_lr_frac", 1.0)
     state = TrainState(
         model,
         model.setup_optimizers(
-            settings.embedding_lr * share,
-            settings.unembedding_lr * share,
-            settings.matrix_lr * share,
+            settings.embedding_lr * init_lr_frac,
+            settings.unembedding_lr * init_lr_frac,
+            settings.matrix_lr * init_lr_frac,
             settings.weight_decay,
             distributed=runtime.world_size > 1,
             newton_schulz=settings.newton_schulz,
@@ -274,7 +277,7 @@ def open_run(
         runtime,
         stage,
         settings,
-        run="dummy" if getattr(settings, "use_dummy_wandb", False) else settings.run,
+        run=run,
         resume_step=None if resumed is None else state.step,
         header=record,
     )

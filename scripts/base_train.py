@@ -125,6 +125,7 @@ def main() -> None:
         runtime,
         record,
         meta={"tokenizer_fingerprint": tokenizer.fingerprint()},
+        run="dummy" if settings.use_dummy_wandb else settings.run,
     )
     trained = model
     if settings.compile:

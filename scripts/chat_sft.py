@@ -106,6 +106,8 @@ def main() -> None:
         runtime,
         record={"kernels": stage.choices_record(kernels), "parent": str(parent_path)},
         meta={"tokenizer_fingerprint": tokenizer.fingerprint()},
+        init_lr_frac=settings.init_lr_frac,
+        run=settings.run,
     )
     trained = model
     if settings.compile:

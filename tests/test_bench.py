@@ -9,13 +9,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import compare, judge, measure, peers, report, train_steps, tune
+from bench import compare, judge, measure, peers, replay, report, train_steps, tune
 from bench.cases import Case, check_case, make_case, refusal, refusal_at_full_size, relative_errors
 from bench.configurations import Use, candidates, with_measured, write_entry
 from bench.contenders import contenders, operations
@@ -493,7 +493,8 @@ class TestTrainStep:
         assert timed["mfu_nanochat"] > timed["mfu_causal"] > 0
         assert timed["gemm_share_causal"] == pytest.approx(2 * timed["mfu_causal"])
         assert timed["over_eager"] == 1.0
-        assert {r["contender"] for r in load(session.out / "train_step.json")} == set(rows)  # type: ignore[operator]
+        assert session.out is not None
+        assert {r["contender"] for r in load(session.out / "train_step.json")} == set(rows)
 
     def test_micro_batches_halve_until_they_fit(
         self, session: Session, monkeypatch: pytest.MonkeyPatch
@@ -525,6 +526,23 @@ class TestTrainStep:
             del op.implementations["shifted"]
         assert wrong["status"] == "refused"
         assert wrong["reason"].startswith("loss ")
+
+
+@pytest.mark.parametrize(
+    ("fields", "outcome"),
+    [
+        ({"status": "refused"}, pytest.fail.Exception),
+        ({"status": "refused", "role": "peer"}, pytest.skip.Exception),
+        ({"status": "missing"}, pytest.skip.Exception),
+    ],
+)
+def test_a_wrong_kernel_of_ours_fails_the_bench(
+    fields: dict[str, str], outcome: type[BaseException], request: pytest.FixtureRequest
+) -> None:
+    with pytest.raises((pytest.fail.Exception, pytest.skip.Exception)) as ended:
+        replay.report(row(reason="errs", **fields), cast(Any, None), request)
+    assert ended.type is outcome
+    assert str(ended.value) == f"triton {fields['status']}: errs"
 
 
 def test_peaks_of_an_unknown_machine_give_no_share(session: Session, quick: None) -> None:

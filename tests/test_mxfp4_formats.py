@@ -165,15 +165,14 @@ def test_nvfp4_equals_torchao(kind: str) -> None:
     assert torch.equal(ours, scales.view(torch.uint8))
 
 
-@pytest.mark.parametrize("mode", MODES)
+# not rceil: on the CPU torchao takes a logarithm in float32, which is wrong just above 6 2^k
+@pytest.mark.parametrize("mode", ["floor", "even"])
 @pytest.mark.parametrize("name", MX)
 @pytest.mark.parametrize("kind", [kind for kind in INPUTS if kind != "zeros"])
 def test_mx_formats_equal_torchao(name: str, mode: str, kind: str) -> None:
     mx_tensor = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
     config = pytest.importorskip("torchao.prototype.mx_formats.config")
     dtype = {"e2m1": torch.float4_e2m1fn_x2, **reference.FLOAT8}[FORMATS[name].element]
-    if mode == "rceil":
-        pytest.skip("torchao takes a logarithm in float32 on the CPU: wrong just above 6 2^k")
     # below 2^-126 torchao multiplies by another scale than the one that it stores
     x = INPUTS[kind] * (1e8 if kind == "tiny" else 1.0)
     scale, codes = mx_tensor.to_mx(x, dtype, 32, config.ScaleCalculationMode[mode.upper()])

@@ -211,16 +211,15 @@ def test_two_ranks_train_like_one(base: Path) -> None:
 
 @pytest.mark.gpu
 def test_native_training_is_near_the_emulated() -> None:
+    if torch.cuda.get_device_capability() not in ((10, 0), (12, 0)):
+        pytest.skip("this GPU has no block-scaled tensor cores")
     device = torch.device("cuda")
     gpu = Runtime(device, torch.bfloat16, 0, 0, 1, 42, Path())
     ids = torch.randint(70, (4, 128), device=device)
     found = []
     for backend in ("native", "emulate"):
         model = stage.build_model(stage.model_config(2, -1, 128, 70), gpu, 0)
-        try:
-            conversion = convert(model, RECIPES["mx8f_mx4b"], (), backend)
-        except NotNativeError as error:
-            pytest.skip(str(error))
+        conversion = convert(model, RECIPES["mx8f_mx4b"], (), backend)
         optimizers = model.setup_optimizers(0.2, 0.004, 0.02, 0.0, distributed=False)
         for step in range(10):
             conversion.begin_step(step)
