@@ -91,6 +91,19 @@ forget_models_after() {
     done
 }
 
+# own_tokenizer: a tokenizer of something else stays, since models need the one they learned with.
+own_tokenizer() {
+    local tokenizer="$NANOCHAT_BASE_DIR/tokenizer"
+    if [ -e "$tokenizer/tokenizer_ranks.json" ] && [ "$(cat "$tokenizer/run" 2>/dev/null)" != "$tag" ]
+    then
+        echo "$name: $tokenizer is not of the run $tag, and other models may need it; set" \
+            "NANOCHAT_BASE_DIR to another folder, or move it away" >&2
+        exit 1
+    fi
+    mkdir -p "$tokenizer"
+    echo "$tag" >"$tokenizer/run"
+}
+
 # evaluate STAGE SCRIPT CHECKPOINT
 evaluate() {
     if [ -f "$folder/$2.py" ]; then
@@ -121,7 +134,10 @@ train() {
 # train_and_evaluate: every stage behind the data.
 train_and_evaluate() {
     if [ -f "$folder/tok_train.py" ]; then
-        is_done tok_train tokenizer/tokenizer_ranks.json || forget_models_after tokenizer
+        if ! is_done tok_train tokenizer/tokenizer_ranks.json; then
+            own_tokenizer
+            forget_models_after tokenizer
+        fi
         once tok_train tokenizer/tokenizer_ranks.json \
             python -m scripts.tok_train "$folder/tok_train.py"
     fi

@@ -144,6 +144,19 @@ def test_a_lost_model_is_trained_again_with_what_follows(checkout: Checkout, fir
     assert (checkout.model("base") / "latest.pt").resolve().stat().st_mtime_ns == before
 
 
+def test_the_tokenizer_of_another_run_stays(checkout: Checkout, first: str) -> None:
+    tokenizer = checkout.base_dir / "tokenizer" / "tokenizer_ranks.json"
+    before = tokenizer.read_bytes()
+    (checkout.folder / "other").mkdir()
+    for name in ("tok_train", "base_train"):
+        (checkout.folder / "other" / f"{name}.py").write_text(CONFIGS[name])
+    output = checkout.run("dev/runcpu.sh", "other", "--skip=dataset", code=1)
+    assert "tokenizer is not of the run other" in output
+    assert "NANOCHAT_BASE_DIR to another folder" in output
+    assert tokenizer.read_bytes() == before
+    assert stages(output, "ran") == []
+
+
 def test_without_mid_training(checkout: Checkout, first: str) -> None:
     shutil.rmtree(checkout.model("chatsft"))
     output = checkout.run("run1000.sh", "toy", "--skip=mid_train", "--skip=tok_eval")
