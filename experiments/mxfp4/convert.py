@@ -130,8 +130,9 @@ def convert(
     if any(isinstance(layer, MXLinear) for layer in layers.values()) or not layers:
         raise ValueError("the model has no plain linear layers to convert: build it anew")
     kept = kept_layers(layers, keep)
-    for name in layers.keys() - kept:
-        check_sizes(name, layers[name], recipe)
+    for name, layer in layers.items():
+        if name not in kept:
+            check_sizes(name, layer, recipe)
     instructions = require_native_products(recipe, model.device) if backend == "native" else {}
     randomness = StepRandomness(model.device, seed, rank, recipe.signs)
     for index, (name, layer) in enumerate(layers.items()):
