@@ -76,9 +76,9 @@ def dither(y: Tensor, bits: Tensor) -> Tensor:
 
 def _binade(magnitude: Tensor) -> tuple[Tensor, Tensor]:
     """Distance between E2M1 neighbours at a magnitude, and the first value with that distance."""
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    first = torch.where(magnitude < 2, 0.0, torch.where(magnitude < 4, 2.0, 4.0))
-    return step, first
+    exponent = magnitude.clamp(min=1).view(torch.int32) & 0x7F800000
+    step = exponent.view(torch.float32) * 0.5  # 0.5 below 2, 1 below 4, 2
+    return step, step * 2 * (step > 0.5)
 
 
 def quantize(
