@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 import torch
 from pipeline import ROOT, make_base_dir, run_here
 
@@ -36,7 +37,7 @@ def cells(base: Path) -> Path:
 
 
 def test_every_cell_is_one_file(cells: Path) -> None:
-    names = sorted(path.name for path in cells.iterdir())
+    names = sorted(path.name for path in cells.glob("*.json"))
     wanted = [f"{name}_seed{seed}.json" for name in ("mxfp4_rht_sr", "plain") for seed in (0, 1)]
     assert names == wanted
     cell = json.loads((cells / wanted[0]).read_text())
@@ -51,7 +52,7 @@ def test_every_cell_is_one_file(cells: Path) -> None:
 
 def test_a_stopped_comparison_goes_on(base: Path, cells: Path) -> None:
     """Cells that are there stay as they are; the one that is missing comes out the same."""
-    before = {path.name: path.read_bytes() for path in cells.iterdir()}
+    before = {path.name: path.read_bytes() for path in cells.glob("*.json")}
     gone = json.loads((cells / "mxfp4_rht_sr_seed1.json").read_text())
     (cells / "mxfp4_rht_sr_seed1.json").unlink()
     said = compare(base, f"--output={cells}", "--seeds=2")
@@ -60,6 +61,13 @@ def test_a_stopped_comparison_goes_on(base: Path, cells: Path) -> None:
     assert (again["bpb"], again["train_loss"]) == (gone["bpb"], gone["train_loss"])
     for name in before.keys() - {"mxfp4_rht_sr_seed1.json"}:
         assert (cells / name).read_bytes() == before[name]
+
+
+def test_a_cell_of_another_process_is_left_to_it(base: Path, tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".mxfp4_rht_sr_seed0.lock"):
+        said = compare(base, f"--output={tmp_path}", "--seeds=1")
+    assert "mxfp4_rht_sr     seed 0 | another process trains it" in said
+    assert [path.name for path in tmp_path.glob("*.json")] == ["plain_seed0.json"]
 
 
 def test_cells_of_other_settings_are_not_mixed(base: Path, cells: Path) -> None:

@@ -144,7 +144,11 @@ class Emulated:
             rows and reference.quantize(x, rows.quantizer, signs=rows.signs, **common),
             columns
             and reference.quantize(
-                x.mT, columns.quantizer, signs=columns.signs, transposed=True, **common
+                x.mT.contiguous(),  # strided passes are slow
+                columns.quantizer,
+                signs=columns.signs,
+                transposed=True,
+                **common,
             ),
         )
 

@@ -4,8 +4,9 @@
     python -m experiments.mxfp4.report DIR
 
 Every recipe and seed is a cell: one JSON file in --output. Cells that are there are not trained
-again, so that a comparison can be stopped at any time and go on. A seed is one of the weights and
-of everything random; the text and its order are the same in all cells.
+again, so that a comparison can be stopped at any time and go on; cells that another process trains
+are left to it, so that one process per GPU shares the work. A seed is one of the weights and of
+everything random; the text and its order are the same in all cells.
 """
 
 import itertools
@@ -18,6 +19,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from experiments.mxfp4 import plan
@@ -191,13 +193,18 @@ def main() -> None:
     for seed, recipe in itertools.product(range(settings.seeds), recipes):
         path = output / f"{recipe.name}_seed{seed}.json"
         record = cell_record(settings, recipe, seed)
-        if finished(path, record):
+        try:
+            with FileLock(output / f".{path.stem}.lock", timeout=0):
+                if finished(path, record):
+                    continue
+                values = train_cell(settings, recipe, seed, text, token_bytes)
+                temporary = path.with_suffix(".tmp")
+                document = jsonable({**record, **values, **facts})
+                temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                temporary.replace(path)
+        except Timeout:
+            print0(f"{recipe.name:16} seed {seed} | another process trains it")
             continue
-        values = train_cell(settings, recipe, seed, text, token_bytes)
-        temporary = path.with_suffix(".tmp")
-        document = jsonable({**record, **values, **facts})
-        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
         print0(
             f"{recipe.name:16} seed {seed} | validation bpb {values['bpb']:.4f} | training loss "
             f"{values['train_loss']:.4f} | {values['seconds']:.0f} s"

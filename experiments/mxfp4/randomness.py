@@ -69,8 +69,8 @@ def hadamard(x: Tensor, signs: Tensor | None = None) -> Tensor:
     signs  int64 (): channels whose bit is set are negated first; None is no sign.
     Error  x is rounded to bfloat16 first: the tensor cores of the kernels multiply no more.
     """
-    blocks = x.bfloat16().float().unflatten(-1, (-1, HADAMARD))
+    blocks = x.bfloat16().float().reshape(-1, HADAMARD)  # contiguous: one product
     if signs is not None:
         bits = signs.to(x.device) >> torch.arange(HADAMARD, device=x.device) & 1
         blocks = blocks * (1.0 - 2.0 * bits)
-    return (blocks @ hadamard_matrix(x.device) * HADAMARD**-0.5).flatten(-2)
+    return (blocks @ hadamard_matrix(x.device) * HADAMARD**-0.5).view(x.shape)

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.mxfp4.formats import (
@@ -152,7 +153,9 @@ def dequantize(t: ScaledTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     fmt = FORMATS[t.format]
     wide = torch.promote_types(dtype, torch.float32)
     if fmt.element == "e2m1":
-        values = decode_e2m1(unpack_nibbles(t.codes))
+        all_bytes = torch.arange(256, dtype=torch.uint8, device=t.codes.device)[:, None]
+        two_values = decode_e2m1(unpack_nibbles(all_bytes))  # of a byte
+        values = F.embedding(t.codes.int(), two_values).flatten(-2)
     else:
         values = t.codes.view(FLOAT8[fmt.element])
     blocks = values.to(wide).unflatten(-1, (-1, fmt.block)) * block_scales(t, wide)[..., None]
