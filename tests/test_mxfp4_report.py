@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 import torch
+from filelock import FileLock
 from pipeline import ROOT, make_base_dir, run_here
 
 from experiments.mxfp4 import error_tables, forecast, measured, report
