@@ -55,6 +55,8 @@ pub fn count(
         let next = thread::scope(|scope| {
             let counting = scope.spawn(|| words.add(splitter, &texts));
             let next = next_batch(iterator, buffer_size);
+            // A str keeps its UTF-8: no thread waits for it when its turn comes.
+            let next = next.and_then(|next| utf8_all(&next, num_texts).map(drop).map(|()| next));
             let counted = py.detach(|| counting.join());
             counted.unwrap_or_else(|panic| resume_unwind(panic)).map_err(split_error)?;
             next

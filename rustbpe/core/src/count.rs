@@ -1,7 +1,9 @@
 //! Counting the distinct pieces of a stream of texts.
 
+use std::hash::BuildHasher;
+
 use crate::hash::{FastMap, MAX_SHORT, hash_short, short_key, short_word};
-use crate::parallel::{blocks, for_each_task};
+use crate::parallel::{blocks, for_each_task, map_in_threads};
 use crate::split::Split;
 
 /// Work unit of a thread: large against a task's overhead, small against a batch.
@@ -32,19 +34,71 @@ impl WordCounts {
         })
     }
 
-    /// Calls `word(bytes, count)` once for each distinct piece, in no certain order.
-    pub fn into_words(self, mut word: impl FnMut(&[u8], u64)) {
-        let mut tables = self.per_thread.into_iter();
-        let mut all = tables.next().expect("at least one thread");
-        for table in tables {
-            all.add_all(table);
+    /// The pieces in parts of about the same size, one for each thread but at most `max_parts`.
+    pub fn into_parts(self, max_parts: usize) -> Vec<WordPart> {
+        let tables = self.per_thread;
+        let num_parts = tables.len().min(max_parts);
+        let found = map_in_threads(tables.iter().enumerate().collect(), |(thread, table)| {
+            let mut parts: Vec<_> = (0..num_parts).map(|_| Words::default()).collect();
+            let elsewhere = |hash| part_of(hash, num_parts) != thread;
+            for (hash, slot) in table.short_words(elsewhere) {
+                parts[part_of(hash, num_parts)].short.push(*slot);
+            }
+            for (hash, word, count) in table.long_words(elsewhere) {
+                parts[part_of(hash, num_parts)].long.push((word.into(), count));
+            }
+            parts
+        });
+        let mut parts: Vec<_> = tables
+            .into_iter()
+            .take(num_parts)
+            .enumerate()
+            .map(|(number, table)| WordPart { table, number, num_parts, incoming: Vec::new() })
+            .collect();
+        for found in found {
+            parts.iter_mut().zip(found).for_each(|(part, words)| part.incoming.push(words));
         }
-        for slot in all.short.iter().filter(|slot| slot.count > 0) {
+        parts
+    }
+}
+
+/// Which part has the words of a hash. The low bits, which choose a slot, are left alone.
+fn part_of(hash: u64, num_parts: usize) -> usize {
+    (hash >> 32) as usize % num_parts
+}
+
+/// Words and how often they occurred.
+#[derive(Default)]
+struct Words {
+    short: Vec<Slot>,
+    long: Vec<(Box<[u8]>, u64)>,
+}
+
+/// Some of the distinct pieces.
+pub struct WordPart {
+    /// What one thread counted, also of other parts.
+    table: WordTable,
+    /// What the other threads counted of this part.
+    incoming: Vec<Words>,
+    number: usize,
+    num_parts: usize,
+}
+
+impl WordPart {
+    /// Calls `word(bytes, count)` once for each piece, in no certain order.
+    pub fn into_words(self, mut word: impl FnMut(&[u8], u64)) {
+        let mut table = self.table;
+        for words in self.incoming {
+            words.short.iter().for_each(|slot| table.add_short(slot.key, slot.count));
+            words.long.iter().for_each(|(word, count)| table.add_long(word, *count));
+        }
+        let is_here = |hash| part_of(hash, self.num_parts) == self.number;
+        for (_, slot) in table.short_words(is_here) {
             let (bytes, len) = short_word(slot.key);
             word(&bytes[..len], slot.count);
         }
-        for (bytes, count) in all.long {
-            word(&bytes, count);
+        for (_, bytes, count) in table.long_words(is_here) {
+            word(bytes, count);
         }
     }
 }
@@ -57,6 +111,8 @@ struct Slot {
 }
 
 /// Short words in open addressing with linear probing, the few long ones in a map of their own.
+/// Tables of two threads are never in one cache line, nor in two that are fetched together.
+#[repr(align(128))]
 struct WordTable {
     short: Vec<Slot>,
     num_short: usize,
@@ -121,13 +177,17 @@ impl WordTable {
         }
     }
 
-    fn add_all(&mut self, other: WordTable) {
-        for slot in other.short.iter().filter(|slot| slot.count > 0) {
-            self.add_short(slot.key, slot.count);
-        }
-        for (word, count) in other.long {
-            *self.long.entry(word).or_default() += count;
-        }
+    /// Those of the short words whose hash is wanted, with it.
+    fn short_words(&self, wanted: impl Fn(u64) -> bool) -> impl Iterator<Item = (u64, &Slot)> {
+        let words = self.short.iter().filter(|slot| slot.count > 0);
+        words.map(|slot| (hash_short(slot.key), slot)).filter(move |word| wanted(word.0))
+    }
+
+    /// Those of the long words whose hash is wanted, with it.
+    fn long_words(&self, wanted: impl Fn(u64) -> bool) -> impl Iterator<Item = (u64, &[u8], u64)> {
+        let hash = |word: &[u8]| self.long.hasher().hash_one(word);
+        let words = self.long.iter().map(move |(word, &count)| (hash(word), &word[..], count));
+        words.filter(move |word| wanted(word.0))
     }
 }
 
@@ -138,25 +198,34 @@ mod tests {
     use super::*;
     use crate::split::Gpt4Split;
 
-    fn counts(texts: &[&str], num_threads: usize, batch: usize) -> BTreeMap<Vec<u8>, u64> {
+    fn counts(
+        texts: &[&str],
+        num_threads: usize,
+        batch: usize,
+        max_parts: usize,
+    ) -> BTreeMap<Vec<u8>, u64> {
         let mut words = WordCounts::new(num_threads);
         for batch in texts.chunks(batch) {
             let Ok(()) = words.add(&Gpt4Split::new(2), batch);
         }
         let mut all = BTreeMap::new();
-        words.into_words(|word, count| assert!(all.insert(word.to_vec(), count).is_none()));
+        for part in words.into_parts(max_parts) {
+            part.into_words(|word, count| assert!(all.insert(word.to_vec(), count).is_none()));
+        }
         all
     }
 
     #[test]
-    fn counts_do_not_depend_on_threads_or_batches() {
+    fn counts_do_not_depend_on_threads_batches_or_parts() {
         let long = "incomprehensibilities ".repeat(40_000);
         let many: Vec<String> = (0..9000).map(|i| format!("w{i}x{i} the\u{e9} the")).collect();
         let mut texts: Vec<&str> = many.iter().map(String::as_str).collect();
         texts.push(&long);
-        let one = counts(&texts, 1, texts.len());
+        let one = counts(&texts, 1, texts.len(), 9);
         assert_eq!(one[&b" the"[..]], 9000);
         assert_eq!(one[&b" incomprehensibilities"[..]], 39_999);
-        assert_eq!(counts(&texts, 3, 17), one);
+        assert_eq!(counts(&texts, 3, 17, 1), one);
+        assert_eq!(counts(&texts, 3, 17, 9), one);
+        assert_eq!(counts(&texts, 3, 17, 2), one);
     }
 }

@@ -30,7 +30,7 @@ pub struct Encoder {
     /// Rank of each two bytes, the first one high; NO_RANK where they are no token.
     rank_of_bytes: Vec<u32>,
     /// Rank of each two tokens that together are a token.
-    pairs: PairMap,
+    pairs: PairMap<u32>,
     caches: Mutex<Vec<Cache>>,
 }
 

@@ -66,21 +66,21 @@ impl Hasher for FastHasher {
 /// A map from byte strings or short keys.
 pub type FastMap<K, V> = HashMap<K, V, BuildHasherDefault<FastHasher>>;
 
-/// A map from pairs of ids to one number, open addressing with linear probing.
-pub struct PairMap {
-    slots: Vec<(u64, u32)>,
+/// A map from pairs of ids, none of them u32::MAX, open addressing with linear probing.
+pub struct PairMap<V> {
+    slots: Vec<(u64, V)>,
     len: usize,
 }
 
 const EMPTY: u64 = u64::MAX;
 
-impl PairMap {
+impl<V: Copy + Default> PairMap<V> {
     pub fn new() -> Self {
         Self::with_slots(1 << 10)
     }
 
     fn with_slots(slots: usize) -> Self {
-        Self { slots: vec![(EMPTY, 0); slots], len: 0 }
+        Self { slots: vec![(EMPTY, V::default()); slots], len: 0 }
     }
 
     /// Index of the slot of `key`, or of the empty one where it belongs.
@@ -95,14 +95,28 @@ impl PairMap {
     }
 
     #[inline(always)]
-    pub fn get(&self, left: u32, right: u32) -> Option<u32> {
+    pub fn get(&self, left: u32, right: u32) -> Option<V> {
         let key = pair_key(left, right);
         let (found, value) = self.slots[self.slot(key)];
         (found == key).then_some(value)
     }
 
-    /// Adds a pair or replaces its number.
-    pub fn insert(&mut self, left: u32, right: u32, value: u32) {
+    #[inline(always)]
+    pub fn get_mut(&mut self, left: u32, right: u32) -> Option<&mut V> {
+        let key = pair_key(left, right);
+        let at = self.slot(key);
+        let (found, value) = &mut self.slots[at];
+        (*found == key).then_some(value)
+    }
+
+    /// All pairs and their values, in no certain order.
+    pub fn iter(&self) -> impl Iterator<Item = ((u32, u32), V)> {
+        let pairs = self.slots.iter().filter(|slot| slot.0 != EMPTY);
+        pairs.map(|&(key, value)| (((key >> 32) as u32, key as u32), value))
+    }
+
+    /// Adds a pair or replaces its value.
+    pub fn insert(&mut self, left: u32, right: u32, value: V) {
         if 3 * self.len >= 2 * self.slots.len() {
             let mut larger = Self::with_slots(2 * self.slots.len());
             for &(key, value) in self.slots.iter().filter(|slot| slot.0 != EMPTY) {
@@ -126,6 +140,8 @@ fn pair_key(left: u32, right: u32) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
@@ -151,5 +167,11 @@ mod tests {
         assert_eq!(map.get(0, 0), Some(7));
         assert!((1..5000).all(|i| map.get(i % 71, i) == Some(i)));
         assert_eq!(map.get(1, 0), None);
+        *map.get_mut(0, 0).unwrap() += 1;
+        assert_eq!(map.get(0, 0), Some(8));
+        assert_eq!(map.get_mut(1, 0), None);
+        let all: BTreeSet<_> = map.iter().collect();
+        assert_eq!(all.len(), 5000);
+        assert!(all.contains(&((70, 4969), 4969)) && all.contains(&((0, 0), 8)));
     }
 }
