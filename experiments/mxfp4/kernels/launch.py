@@ -19,8 +19,8 @@ E2M1_CAPABILITY = 100
 
 
 @functools.cache
-def table() -> dict[str, dict[str, dict[str, int]]]:
-    """Architecture -> kernel -> tile sizes, warps and stages."""
+def table() -> dict[str, dict[str, dict[str, Any]]]:
+    """Architecture -> kernel -> tile sizes, warps, stages, and "origin": where they are from."""
     return json.loads(CONFIGS.read_text())
 
 
@@ -42,7 +42,8 @@ def converts_to_e2m1(target: str) -> bool:
 
 def config(name: str, target: str) -> dict[str, int]:
     """Constants, num_warps and num_stages of kernel `name` (such as "quantize.tiles")."""
-    return table()[target if name in table().get(target, {}) else GENERIC][name]
+    entry = table()[target if name in table().get(target, {}) else GENERIC][name]
+    return {key: value for key, value in entry.items() if key != "origin"}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
