@@ -15,7 +15,7 @@ from torch import Tensor
 from bench import rows as row_files
 from bench.contenders import EAGER, FAILURES, first_line
 from bench.measure import free, rotated, summarise
-from bench.rows import REFUSED, TIMED, UNSAVED, Row, speedup
+from bench.rows import MISSING, REFUSED, TIMED, UNSAVED, Row, speedup
 from bench.session import Session
 from bench.variants import Size, Variant
 from nanochat import hardware, stage
@@ -66,7 +66,11 @@ class Bench:
 
     def fit(self, variant: Variant) -> None:
         """Choose the kernels, compile, and find the largest micro-batch that runs."""
-        choices = select(variant.spec, self.runtime.device, self.runtime.dtype)
+        try:
+            choices = select(variant.spec, self.runtime.device, self.runtime.dtype)
+        except ValueError as error:
+            variant.out(MISSING, first_line(error))
+            return
         variant.choices = stage.choices_record(choices)
         variant.model = torch.compile(self.model, dynamic=False) if variant.compiled else self.model
         variant.micro_batch = self.size.sequences
@@ -103,16 +107,16 @@ class Bench:
             try:
                 self.fit(variant)
             except FAILURES as error:
-                variant.reason = first_line(error)
+                variant.out(REFUSED, first_line(error))
                 self.clear()
-        self.check_losses([variant for variant in variants if not variant.reason])
+        self.check_losses([variant for variant in variants if variant.status == TIMED])
         for turn in range(TURNS):
-            running = {variant.name: variant for variant in variants if not variant.reason}
+            running = {variant.name: variant for variant in variants if variant.status == TIMED}
             for name in rotated(list(running), turn):
                 try:
                     self.turn(running[name])
                 except FAILURES as error:  # memory in pieces, say: the others go on
-                    running[name].reason = first_line(error)
+                    running[name].out(REFUSED, first_line(error))
                     self.clear()
         found = [self.row(variant) for variant in variants]
         for row in found:
@@ -124,7 +128,8 @@ class Bench:
         losses = [self.loss(variant) for variant in variants]
         for variant, loss in zip(variants, losses, strict=True):
             if abs(loss - losses[0]) > LOSS_TOLERANCE * losses[0]:
-                variant.reason = f"loss {loss:.4f} where {variants[0].name} has {losses[0]:.4f}"
+                reason = f"loss {loss:.4f} where {variants[0].name} has {losses[0]:.4f}"
+                variant.out(REFUSED, reason)
 
     def row(self, variant: Variant) -> Row:
         """Times, tokens per second, both MFUs and peak memory of a variant."""
@@ -136,12 +141,12 @@ class Bench:
             "dtype": self.session.dtype,
             "contender": variant.name,
             "role": variant.role,
-            "status": REFUSED if variant.reason else TIMED,
+            "status": variant.status,
             "reason": variant.reason,
             "tokens": self.size.tokens,
             "kernels": variant.choices,
         }  # fmt: skip
-        if variant.reason:
+        if variant.status != TIMED:
             return row
         summary = summarise(variant.seconds)
         rate, ceilings = self.size.tokens / summary.median, self.session.ceilings

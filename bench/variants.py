@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.contenders import COMPILE, EAGER, OURS, operations
+from bench.rows import TIMED
 from nanochat import adamw, gpt, muon
 from nanochat.kernels.registry import REGISTRY
 
@@ -32,7 +33,10 @@ SMALL = Size("cpu-small", 2, 4, 64, 1024)
 
 @dataclass
 class Variant:
-    """A choice of kernels, and whether the model is compiled; `reason` once it is out."""
+    """A choice of kernels, and whether the model is compiled.
+
+    status  "missing" once it cannot be chosen here, "refused" once it fails or is wrong; `reason`
+    """
 
     name: str
     spec: str
@@ -43,7 +47,12 @@ class Variant:
     micro_batch: int = 0  # sequences
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
+    status: str = TIMED
     reason: str = ""
+
+    def out(self, status: str, reason: str) -> None:
+        """Measure it no more."""
+        self.status, self.reason = status, reason
 
 
 def eager_variants() -> list[Variant]:
