@@ -148,6 +148,8 @@ def cell_record(settings: Settings, recipe: Recipe, seed: int) -> dict[str, Any]
     """What a cell is, before it is measured."""
     products = {name: recipe.product(name) for name in PRODUCTS}
     fixed = {name: v for name, v in asdict(settings).items() if name not in FREE}
+    for folder in ("data_dir", "tokenizer_dir"):  # wherever they are
+        fixed[folder] = Path(fixed[folder]).name
     return {
         "cell": recipe.name,
         "seed": seed,
