@@ -66,7 +66,7 @@ impl Tokenizer {
     /// pattern      split pattern, GPT-4's by default
     /// progress     called some times a second as progress(stage, done, total): ("count", bytes,
     ///              None), then ("merge", merges, merges wanted); an exception ends the training
-    /// num_threads  counting threads, one for each processor by default
+    /// num_threads  threads, one for each processor by default; of many, four merge
     /// tie_break    "rustbpe" or "huggingface": which of equally frequent pairs comes first
     ///
     /// The result depends on the texts, pattern and tie_break only. A training that fails leaves
