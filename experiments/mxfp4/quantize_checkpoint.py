@@ -78,7 +78,8 @@ def main() -> None:
         "relative_error": error,
         "made_of": str(path),
     }
-    kept_meta = {name: meta[name] for name in meta.keys() - {"files", "environment", "world_size"}}
+    written_anew = ("files", "environment", "world_size")
+    kept_meta = {name: value for name, value in meta.items() if name not in written_anew}
     target = checkpoint_manager.save(
         checkpoint_manager.stage_dir(runtime.base_dir / FOLDER, source),
         meta["tag"],

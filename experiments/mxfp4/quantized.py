@@ -87,8 +87,10 @@ def accept_quantized(model: GPT, description: Mapping[str, Any]) -> None:
     """
     layers = linear_layers(model)
     kept = kept_layers(layers, description["keep"])
-    for name in layers.keys() - kept:
-        weight = layers[name].weight
+    for name, layer in layers.items():
+        if name in kept:
+            continue
+        weight = layer.weight
         assert isinstance(weight, Tensor)
         outputs, inputs = weight.shape
         replace_module(model, name, QuantizedLinear(outputs, inputs, model.device))
