@@ -81,6 +81,8 @@ def browser(request: pytest.FixtureRequest) -> Iterator[Any]:
             chromium = started.chromium
             browser = chromium.connect_over_cdp(running) if running else chromium.launch()
         except playwright.Error as error:
+            if running:  # asked for: it must be there
+                raise
             pytest.skip(f"needs Chromium: {str(error).splitlines()[0]}")
         yield browser
         if not running:

@@ -196,17 +196,18 @@ def main() -> None:
         path = output / f"{recipe.name}_seed{seed}.json"
         record = cell_record(settings, recipe, seed)
         try:
-            with FileLock(output / f".{path.stem}.lock", timeout=0):
-                if finished(path, record):
-                    continue
-                values = train_cell(settings, recipe, seed, text, token_bytes)
-                temporary = path.with_suffix(".tmp")
-                document = jsonable({**record, **values, **facts})
-                temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-                temporary.replace(path)
+            lock = FileLock(output / f".{path.stem}.lock").acquire(timeout=0)
         except Timeout:
             print0(f"{recipe.name:16} seed {seed} | another process trains it")
             continue
+        with lock:
+            if finished(path, record):
+                continue
+            values = train_cell(settings, recipe, seed, text, token_bytes)
+            temporary = path.with_suffix(".tmp")
+            document = jsonable({**record, **values, **facts})
+            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(path)
         print0(
             f"{recipe.name:16} seed {seed} | validation bpb {values['bpb']:.4f} | training loss "
             f"{values['train_loss']:.4f} | {values['seconds']:.0f} s"
