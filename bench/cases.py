@@ -1,8 +1,9 @@
 """One call of an operation at one size: arguments, what it is differentiated by, and the check.
 
-The check is the rule of tests/test_kernels.py: the error against the reference in float64 is at
-most twice that of eager PyTorch in the same dtype, for every output and every gradient. At full
-size, where float64 does not fit, a contender may differ from eager by four of eager's own errors.
+The check is the rule of tests/kernels/test_kernels.py: the error against the reference in float64
+is at most twice that of eager PyTorch in the same dtype, for every output and every gradient. At
+full size, where float64 does not fit, a contender may differ from eager by four of eager's own
+errors.
 """
 
 from collections.abc import Callable, Sequence

@@ -8,7 +8,7 @@ import torch
 from bench.rows import auto_losses
 from bench.session import Session
 from bench.tables import markdown
-from nanochat.common import setup_training
+from nanochat.common import get_base_dir, setup_training
 
 RESULTS = Path(__file__).parent / "results"
 SESSION = pytest.StashKey[Session]()
@@ -30,6 +30,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
     if not config.getoption("benchmark_columns", None):
         config.option.benchmark_columns = ["median", "iqr", "rounds"]
+
+
+@pytest.fixture
+def base_dir() -> Path:
+    """The user's own base directory, where the tests have one each."""
+    return get_base_dir()
 
 
 @pytest.fixture(scope="session")

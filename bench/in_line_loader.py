@@ -6,7 +6,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from nanochat.dataset import RowBlock
+from nanochat.data.shards import RowBlock
 
 
 class InLine:

@@ -25,9 +25,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.in_line_loader import InLine
 from bench.rows import machine
 from nanochat.common import get_base_dir
-from nanochat.dataloader import BATCHES_AHEAD, Batch, CUDAPrefetcher, DataLoader
-from nanochat.dataset import iter_documents, resolve_data_dir, row_blocks
-from nanochat.tokenizer import RustBPETokenizer
+from nanochat.data.dataloader import BATCHES_AHEAD, Batch, CUDAPrefetcher, DataLoader
+from nanochat.data.shards import iter_documents, row_blocks
+from nanochat.dataset import resolve_data_dir
+from nanochat.text.tokenizer import RustBPETokenizer
 
 CPU = torch.device("cpu")
 CONSUMPTION = 0.8e6  # tokens/s that a d12 on an H200 uses up, as estimated

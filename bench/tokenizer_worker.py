@@ -18,8 +18,8 @@ import tiktoken
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from nanochat.tokenizer import HuggingFaceTokenizer, byte_level_alphabet
-from nanochat.tokenizer_base import SPECIAL_TOKENS, SPLIT_PATTERN
+from nanochat.text.tokenizer import HuggingFaceTokenizer, byte_level_alphabet
+from nanochat.text.tokenizer_base import SPECIAL_TOKENS, SPLIT_PATTERN
 from rustbpe import Tokenizer
 
 

@@ -18,9 +18,10 @@ from bench.measure import free, rotated, summarise
 from bench.rows import MISSING, REFUSED, TIMED, UNSAVED, Row, speedup
 from bench.session import Session
 from bench.variants import Size, Variant
-from nanochat import hardware, stage
+from nanochat import hardware
 from nanochat.kernels.registry import REGISTRY, select
-from nanochat.train_step import train_step
+from nanochat.train import run
+from nanochat.train.step import train_step
 
 FILE = "train_step.json"
 TURNS, STEPS = 3, 2  # timed steps of a variant: STEPS in each of TURNS, behind one untimed
@@ -32,9 +33,9 @@ class Bench:
 
     def __init__(self, size: Size, session: Session) -> None:
         self.size, self.session, self.runtime = size, session, session.runtime
-        config = stage.model_config(size.depth, -1, size.length, size.vocab_size)
+        config = run.model_config(size.depth, -1, size.length, size.vocab_size)
         torch.manual_seed(self.runtime.seed)
-        self.model = stage.build_model(config, self.runtime, self.runtime.seed)
+        self.model = run.build_model(config, self.runtime, self.runtime.seed)
         self.optimizers = self.model.setup_optimizers(0.2, 0.004, 0.02, 0.0, distributed=False)
         shape, device = (size.sequences, size.length), self.runtime.device
         self.inputs, self.targets = (
@@ -71,7 +72,7 @@ class Bench:
         except ValueError as error:
             variant.out(MISSING, first_line(error))
             return
-        variant.choices = stage.choices_record(choices)
+        variant.choices = run.choices_record(choices)
         variant.model = torch.compile(self.model, dynamic=False) if variant.compiled else self.model
         variant.micro_batch = self.size.sequences
         while True:

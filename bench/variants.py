@@ -5,8 +5,9 @@ from typing import Any
 
 from bench.contenders import COMPILE, EAGER, OURS, operations
 from bench.rows import TIMED
-from nanochat import adamw, gpt, muon
+from nanochat import gpt
 from nanochat.kernels.registry import REGISTRY
+from nanochat.optim import adamw, muon
 
 BASELINE, BASE_SPEC = "sdpa", "reference,attention=sdpa"  # references and torch's own attention
 

@@ -1,1 +1,23 @@
-"""nanochat: train and study small GPTs end to end on custom Triton kernels."""
+"""nanochat: train and study small GPTs end to end on custom Triton kernels.
+
+At the door are the files that every entry point starts with, the model, and two commands:
+
+    configurator   defaults, config files, flags -> one frozen dataclass per script
+    common         device, dtype, ranks, seed, base directory, signals
+    hardware       datasheet peaks of each GPU, measured ceilings
+    tracking       metrics.jsonl; Weights & Biases when a run is named
+    scaling        depth -> width, heads, batch, horizon
+    gpt            the model
+    dataset        python -m nanochat.dataset: import, download, split text
+    report         python -m nanochat.report: report.md from the records of every run
+
+Everything else is in rooms, one subject each; a room's `__init__.py` says what is inside and what
+it may import. Floors, from the ground; a module imports its own floor or below:
+
+    configurator common hardware kernels
+    optim text profiler tracking scaling
+    gpt data
+    dataset report
+    train infer
+    eval serve sandbox
+"""

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat import scaling
-from nanochat.adamw import AdamW, DistAdamW
 from nanochat.kernels.attention import attention
 from nanochat.kernels.linear_cross_entropy import linear_cross_entropy, softcapped_logits
 from nanochat.kernels.norm_rope import rotary_tables
 from nanochat.kernels.qk_norm_rope import qk_norm_rope
 from nanochat.kernels.relu2_mlp import relu2_mlp
 from nanochat.kernels.rms_norm import add_rms_norm, rms_norm
-from nanochat.muon import DistMuon, Muon
+from nanochat.optim.adamw import AdamW, DistAdamW
+from nanochat.optim.muon import DistMuon, Muon
 
 SOFTCAP = 15.0
 ROPE_BASE = 10_000.0

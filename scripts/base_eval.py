@@ -9,13 +9,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat import configurator, stage
+from nanochat import configurator
 from nanochat.common import Runtime, print0, setup_training
-from nanochat.core_bundle import get_bundle, load_tasks
-from nanochat.core_eval import centred, evaluate_task
+from nanochat.eval.core import centred, evaluate_task
+from nanochat.eval.core_bundle import get_bundle, load_tasks
 from nanochat.kernels.registry import format_choices, select
-from nanochat.tokenizer import get_tokenizer
+from nanochat.text.tokenizer import get_tokenizer
 from nanochat.tracking import Tracker
+from nanochat.train import run
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def main() -> None:
     runtime = setup_training(settings.device)
     print0(format_choices(select(settings.kernels, runtime.device, runtime.dtype)))
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
-    model, meta, path = stage.load_pretrained(
+    model, meta, path = run.load_pretrained(
         settings.checkpoint, settings.source, runtime, tokenizer, settings.model_tag
     )
     model.eval()

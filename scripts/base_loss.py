@@ -6,14 +6,15 @@ python -m scripts.base_loss --checkpoint=base_checkpoints/latest.pt
 import itertools
 from dataclasses import dataclass
 
-from nanochat import configurator, stage
+from nanochat import configurator
 from nanochat.common import print0, setup_training
-from nanochat.dataloader import CUDAPrefetcher, DataLoader
+from nanochat.data.dataloader import CUDAPrefetcher, DataLoader
 from nanochat.dataset import resolve_data_dir
+from nanochat.eval.loss import evaluate_bpb
 from nanochat.kernels.registry import format_choices, select
-from nanochat.loss_eval import evaluate_bpb
-from nanochat.tokenizer import get_token_bytes, get_tokenizer
+from nanochat.text.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.tracking import Tracker
+from nanochat.train import run
 
 PROMPTS = ("The", "The capital of France is", "Returns", "def ", "")
 SAMPLE_TOKENS = 64
@@ -41,7 +42,7 @@ def main() -> None:
     runtime = setup_training(settings.device)
     print0(format_choices(select(settings.kernels, runtime.device, runtime.dtype)))
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
-    model, meta, path = stage.load_pretrained(
+    model, meta, path = run.load_pretrained(
         settings.checkpoint, "base", runtime, tokenizer, settings.model_tag
     )
     model.eval()

@@ -14,18 +14,20 @@ from typing import cast
 
 import torch
 
-from nanochat import configurator, precision, scaling, schedule, stage
+from nanochat import configurator, scaling
 from nanochat.common import Runtime, StopRequest, freeze_garbage, print0, setup_training
-from nanochat.core_bundle import CoreTask, get_bundle, load_tasks
-from nanochat.core_eval import centred, evaluate_task
-from nanochat.dataloader import CUDAPrefetcher, DataLoader
+from nanochat.data.dataloader import CUDAPrefetcher, DataLoader
 from nanochat.dataset import resolve_data_dir
+from nanochat.eval.core import centred, evaluate_task
+from nanochat.eval.core_bundle import CoreTask, get_bundle, load_tasks
+from nanochat.eval.loss import evaluate_bpb
 from nanochat.kernels.registry import format_choices, select
-from nanochat.loss_eval import evaluate_bpb
-from nanochat.profiler import Meter, console_line, peak_memory_gib
-from nanochat.stage import due
-from nanochat.tokenizer import get_token_bytes, get_tokenizer
-from nanochat.train_step import set_rates, train_step
+from nanochat.optim import schedule
+from nanochat.profiler.throughput import Meter, console_line, peak_memory_gib
+from nanochat.text.tokenizer import get_token_bytes, get_tokenizer
+from nanochat.train import precision, run
+from nanochat.train.run import due
+from nanochat.train.step import set_rates, train_step
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -105,18 +107,18 @@ def main() -> None:
         settings.max_seq_len,
         runtime.world_size,
     )
-    config = stage.model_config(
+    config = run.model_config(
         settings.depth, settings.n_kv_head, settings.max_seq_len, tokenizer.get_vocab_size()
     )
-    model = stage.build_model(config, runtime, settings.seed)
+    model = run.build_model(config, runtime, settings.seed)
     numerics = precision.prepare(settings.precision, model, runtime, asdict(settings))
     record = {
-        "kernels": stage.choices_record(kernels),
+        "kernels": run.choices_record(kernels),
         "precision": numerics.record,
         "data_dir": str(data_dir),
     }
     meter = build_meter(settings, model.num_parameters().total, model.estimate_flops, runtime)
-    state, tracker = stage.open_run(
+    state, tracker = run.open_run(
         "base",
         settings.model_tag or f"d{settings.depth}",
         model,
@@ -263,7 +265,7 @@ def build_meter(
         settings.total_batch_size,
         estimate_flops(True),
         estimate_flops(False),
-        stage.device_peaks(runtime),
+        run.device_peaks(runtime),
         runtime.world_size,
         num_iterations,
     )

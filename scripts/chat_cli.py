@@ -10,15 +10,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from nanochat import configurator, stage
-from nanochat.answer import AnswerReader
-from nanochat.chat_session import fit_prompt
+from nanochat import configurator
 from nanochat.common import print0, setup_training
-from nanochat.engine import Engine
-from nanochat.generation import Request
+from nanochat.infer.engine import Engine
+from nanochat.infer.requests import Request
+from nanochat.infer.sampling import SamplingSettings
 from nanochat.kernels.registry import select
-from nanochat.sampling import SamplingSettings
-from nanochat.tokenizer import get_tokenizer
+from nanochat.serve.answer import AnswerReader
+from nanochat.serve.prompt import fit_prompt
+from nanochat.text.tokenizer import get_tokenizer
+from nanochat.train import run
 
 HELP = "/clear forgets the conversation, /help prints this, /quit or Ctrl-D leaves"
 
@@ -43,11 +44,11 @@ class Settings:
 
 def main() -> None:
     settings = configurator.load(Settings)
-    source = stage.source_stage(settings.source, settings.checkpoint)
+    source = run.source_stage(settings.source, settings.checkpoint)
     runtime = setup_training(settings.device, settings.seed)
     select(settings.kernels, runtime.device, runtime.dtype)
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
-    model, _, _ = stage.load_pretrained(
+    model, _, _ = run.load_pretrained(
         settings.checkpoint, source, runtime, tokenizer, settings.model_tag
     )
     engine = Engine(model, tokenizer, num_slots=1)

@@ -12,14 +12,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from nanochat import configurator, stage
+from nanochat import configurator
 from nanochat.common import print0, setup_training
-from nanochat.engine import Engine
+from nanochat.eval.tasks import BASELINES, chatcore, evaluate_categorical, evaluate_generative
+from nanochat.infer.engine import Engine
+from nanochat.infer.sampling import SamplingSettings
 from nanochat.kernels.registry import format_choices, select
-from nanochat.sampling import SamplingSettings
-from nanochat.task_eval import BASELINES, chatcore, evaluate_categorical, evaluate_generative
-from nanochat.tokenizer import get_tokenizer
+from nanochat.text.tokenizer import get_tokenizer
 from nanochat.tracking import Tracker
+from nanochat.train import run
 from tasks.registry import get_task
 
 
@@ -47,13 +48,13 @@ class Settings:
 
 def main() -> None:
     settings = configurator.load(Settings)
-    source = stage.source_stage(settings.source, settings.checkpoint)
+    source = run.source_stage(settings.source, settings.checkpoint)
     names = settings.task_name.split("|") if settings.task_name else list(BASELINES)
     tasks = {name: get_task(name, task_data=settings.task_data) for name in names}
     runtime = setup_training(settings.device, settings.seed)
     print0(format_choices(select(settings.kernels, runtime.device, runtime.dtype)))
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
-    model, meta, path = stage.load_pretrained(
+    model, meta, path = run.load_pretrained(
         settings.checkpoint, source, runtime, tokenizer, settings.model_tag
     )
     model.eval()

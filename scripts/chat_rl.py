@@ -11,23 +11,25 @@ from statistics import mean
 
 import torch
 
-from nanochat import configurator, schedule, stage
-from nanochat.chat_format import render_for_completion
+from nanochat import configurator
 from nanochat.common import StopRequest, freeze_garbage, print0, setup_training
-from nanochat.engine import Engine
+from nanochat.eval.tasks import pass_at_k
+from nanochat.infer.engine import Engine
 from nanochat.kernels.registry import format_choices, select
-from nanochat.policy_gradient import (
+from nanochat.optim import schedule
+from nanochat.profiler.throughput import Meter, console_line, peak_memory_gib
+from nanochat.text.chat_format import render_for_completion
+from nanochat.text.tokenizer import get_tokenizer
+from nanochat.train import run
+from nanochat.train.policy_gradient import (
     PolicyBatch,
     PolicyLoss,
     advantages,
     log_probabilities,
     pad_samples,
-    pass_at_k,
 )
-from nanochat.profiler import Meter, console_line, peak_memory_gib
-from nanochat.stage import due
-from nanochat.tokenizer import get_tokenizer
-from nanochat.train_step import set_rates, train_step
+from nanochat.train.run import due
+from nanochat.train.step import set_rates, train_step
 from tasks.registry import get_task
 
 
@@ -82,7 +84,7 @@ def main() -> None:
     print0(format_choices(kernels))
 
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
-    model, parent_meta, parent_path = stage.load_pretrained(
+    model, parent_meta, parent_path = run.load_pretrained(
         settings.sft_checkpoint, settings.source, runtime, tokenizer
     )
     reference = copy.deepcopy(model).requires_grad_(False) if settings.kl else None
@@ -98,18 +100,18 @@ def main() -> None:
         1,  # tokens of a step differ; the rate of the record counts sampled ones
         model.estimate_flops(causal=True),
         model.estimate_flops(causal=False),
-        stage.device_peaks(runtime),
+        run.device_peaks(runtime),
         runtime.world_size,
         num_iterations,
     )
-    state, tracker = stage.open_run(
+    state, tracker = run.open_run(
         "chatrl",
         settings.model_tag or parent_meta["tag"],
         model,
         meter,
         settings,
         runtime,
-        record={"kernels": stage.choices_record(kernels), "parent": str(parent_path)},
+        record={"kernels": run.choices_record(kernels), "parent": str(parent_path)},
         meta={"tokenizer_fingerprint": tokenizer.fingerprint()},
         init_lr_frac=settings.init_lr_frac,
         run=settings.run,

@@ -11,17 +11,19 @@ from typing import cast
 
 import torch
 
-from nanochat import configurator, scaling, schedule, stage
+from nanochat import configurator, scaling
 from nanochat.common import StopRequest, freeze_garbage, print0, setup_training
-from nanochat.conversation_loader import ConversationLoader
-from nanochat.dataloader import CUDAPrefetcher
+from nanochat.data.conversation_loader import ConversationLoader
+from nanochat.data.dataloader import CUDAPrefetcher
+from nanochat.eval.loss import evaluate_loss
+from nanochat.eval.tasks import evaluate_categorical
 from nanochat.kernels.registry import format_choices, select
-from nanochat.loss_eval import evaluate_loss
-from nanochat.profiler import Meter, console_line, peak_memory_gib
-from nanochat.stage import due
-from nanochat.task_eval import evaluate_categorical
-from nanochat.tokenizer import get_tokenizer
-from nanochat.train_step import set_rates, train_step
+from nanochat.optim import schedule
+from nanochat.profiler.throughput import Meter, console_line, peak_memory_gib
+from nanochat.text.tokenizer import get_tokenizer
+from nanochat.train import run
+from nanochat.train.run import due
+from nanochat.train.step import set_rates, train_step
 from tasks.mixtures import sft_mixture
 from tasks.registry import get_task
 
@@ -73,7 +75,7 @@ def main() -> None:
     print0(format_choices(kernels))
 
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
-    model, parent_meta, parent_path = stage.load_pretrained(
+    model, parent_meta, parent_path = run.load_pretrained(
         settings.mid_checkpoint, settings.source, runtime, tokenizer
     )
     train_data = sft_mixture(settings.mixture, "train", settings.task_data)
@@ -93,18 +95,18 @@ def main() -> None:
         settings.target_examples_per_step * sequence_len,
         model.estimate_flops(causal=True),
         model.estimate_flops(causal=False),
-        stage.device_peaks(runtime),
+        run.device_peaks(runtime),
         runtime.world_size,
         num_iterations,
     )
-    state, tracker = stage.open_run(
+    state, tracker = run.open_run(
         "chatsft",
         settings.model_tag or parent_meta["tag"],
         model,
         meter,
         settings,
         runtime,
-        record={"kernels": stage.choices_record(kernels), "parent": str(parent_path)},
+        record={"kernels": run.choices_record(kernels), "parent": str(parent_path)},
         meta={"tokenizer_fingerprint": tokenizer.fingerprint()},
         init_lr_frac=settings.init_lr_frac,
         run=settings.run,

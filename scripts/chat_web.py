@@ -9,12 +9,13 @@ from typing import Annotated
 import tyro
 import uvicorn
 
-from nanochat import configurator, stage
-from nanochat.chat_server import Defaults, create_app
+from nanochat import configurator
 from nanochat.common import print0, setup_training
-from nanochat.engine import Engine
+from nanochat.infer.engine import Engine
 from nanochat.kernels.registry import format_choices, select
-from nanochat.tokenizer import get_tokenizer
+from nanochat.serve.server import Defaults, create_app
+from nanochat.text.tokenizer import get_tokenizer
+from nanochat.train import run
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Settings:
 
 def main() -> None:
     settings = configurator.load(Settings)
-    source = stage.source_stage(settings.source, settings.checkpoint)
+    source = run.source_stage(settings.source, settings.checkpoint)
     runtime = setup_training(settings.device)
     print0(format_choices(select(settings.kernels, runtime.device, runtime.dtype)))
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
-    model, _, _ = stage.load_pretrained(
+    model, _, _ = run.load_pretrained(
         settings.checkpoint, source, runtime, tokenizer, settings.model_tag
     )
     engine = Engine(model, tokenizer, settings.num_slots)

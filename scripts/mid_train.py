@@ -11,16 +11,18 @@ from typing import cast
 
 import torch
 
-from nanochat import configurator, scaling, schedule, stage
+from nanochat import configurator, scaling
 from nanochat.common import StopRequest, freeze_garbage, print0, setup_training
-from nanochat.conversation_loader import ConversationLoader, estimate_tokens
-from nanochat.dataloader import CUDAPrefetcher
+from nanochat.data.conversation_loader import ConversationLoader, estimate_tokens
+from nanochat.data.dataloader import CUDAPrefetcher
+from nanochat.eval.loss import evaluate_bpb
 from nanochat.kernels.registry import format_choices, select
-from nanochat.loss_eval import evaluate_bpb
-from nanochat.profiler import Meter, console_line, peak_memory_gib
-from nanochat.stage import due
-from nanochat.tokenizer import get_token_bytes, get_tokenizer
-from nanochat.train_step import set_rates, train_step
+from nanochat.optim import schedule
+from nanochat.profiler.throughput import Meter, console_line, peak_memory_gib
+from nanochat.text.tokenizer import get_token_bytes, get_tokenizer
+from nanochat.train import run
+from nanochat.train.run import due
+from nanochat.train.step import set_rates, train_step
 from tasks.mixtures import mid_mixture
 
 
@@ -66,7 +68,7 @@ def main() -> None:
 
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
     token_bytes = get_token_bytes(runtime.device, settings.tokenizer_dir or None)
-    model, base_meta, base_path = stage.load_pretrained(
+    model, base_meta, base_path = run.load_pretrained(
         settings.base_checkpoint, "base", runtime, tokenizer
     )
     train_data = mid_mixture(settings.mixture, "train", settings.task_data)
@@ -83,18 +85,18 @@ def main() -> None:
         settings.total_batch_size,
         model.estimate_flops(causal=True),
         model.estimate_flops(causal=False),
-        stage.device_peaks(runtime),
+        run.device_peaks(runtime),
         runtime.world_size,
         num_iterations,
     )
-    state, tracker = stage.open_run(
+    state, tracker = run.open_run(
         "mid",
         settings.model_tag or base_meta["tag"],
         model,
         meter,
         settings,
         runtime,
-        record={"kernels": stage.choices_record(kernels), "parent": str(base_path)},
+        record={"kernels": run.choices_record(kernels), "parent": str(base_path)},
         meta={"tokenizer_fingerprint": tokenizer.fingerprint()},
         init_lr_frac=settings.init_lr_frac,
         run=settings.run,

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from nanochat import configurator
 from nanochat.common import print0, setup_training
-from nanochat.dataset import iter_documents, resolve_data_dir
-from nanochat.tokenizer import TiktokenTokenizer, get_tokenizer
-from nanochat.tokenizer_base import Tokenizer
+from nanochat.data.shards import iter_documents
+from nanochat.dataset import resolve_data_dir
+from nanochat.text.tokenizer import TiktokenTokenizer, get_tokenizer
+from nanochat.text.tokenizer_base import Tokenizer
 from nanochat.tracking import Tracker
 
 TEXTS = {

@@ -12,9 +12,10 @@ from rich.progress import Progress
 
 from nanochat import configurator
 from nanochat.common import get_base_dir, print0, setup_training
-from nanochat.dataset import iter_documents, resolve_data_dir
-from nanochat.tokenizer import RustBPETokenizer
-from nanochat.tokenizer_base import check_vocab_size
+from nanochat.data.shards import iter_documents
+from nanochat.dataset import resolve_data_dir
+from nanochat.text.tokenizer import RustBPETokenizer
+from nanochat.text.tokenizer_base import check_vocab_size
 from nanochat.tracking import Tracker
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nanochat.chat_format import Conversation
+from nanochat.text.chat_format import Conversation
 from tasks.common import Task, multiple_choice, shuffled
 from tasks.sources import Source
 

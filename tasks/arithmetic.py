@@ -7,7 +7,7 @@ or to testing for good, whatever is done with it.
 import random
 import zlib
 
-from nanochat.chat_format import Conversation
+from nanochat.text.chat_format import Conversation
 from tasks.common import Task, final_number, last_text
 
 SPLITS = ("train", "test")

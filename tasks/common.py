@@ -1,8 +1,8 @@
 """What a task is: conversations by index, and how an answer to one of them is judged.
 
-A conversation is a dict as in nanochat/chat_format.py, {"messages": [...]}; its last message is the
-right answer. Whatever a task needs to judge an answer stands beside the messages: a multiple-choice
-conversation has "letters", the allowed answers.
+A conversation is a dict as in nanochat/text/chat_format.py, {"messages": [...]}; its last message
+is the right answer. Whatever a task needs to judge an answer stands beside the messages: a
+multiple-choice conversation has "letters", the allowed answers.
 """
 
 import copy
@@ -16,7 +16,7 @@ from typing import Literal, overload
 
 import numpy as np
 
-from nanochat.chat_format import Conversation
+from nanochat.text.chat_format import Conversation
 
 SHUFFLE_SEED = 42
 # The number behind the marker: 1,319 and 1 319 are one number, as are 18 and 18.00.

@@ -8,7 +8,7 @@ A line is a list of messages, or an object with that list under "messages":
 from pathlib import Path
 from typing import Any
 
-from nanochat.chat_format import PART_FRAMES, Conversation
+from nanochat.text.chat_format import PART_FRAMES, Conversation
 from tasks.common import Task
 from tasks.sources import data_folder, read_json_lines
 

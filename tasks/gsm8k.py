@@ -6,7 +6,7 @@ Solutions in the data set hold calculations like <<48/2=24>> and end in "#### 24
 import re
 from pathlib import Path
 
-from nanochat.chat_format import Conversation
+from nanochat.text.chat_format import Conversation
 from tasks.common import Task, final_number, last_text, shuffled
 from tasks.sources import Source
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochat.chat_format import Conversation
-from nanochat.execution import execute
+from nanochat.sandbox.execution import execute
+from nanochat.text.chat_format import Conversation
 from tasks.common import Task, shuffled
 from tasks.sources import Source
 
@@ -25,7 +25,7 @@ CODE_BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 def runs_in_sandbox(program: str) -> bool:
     """Whether the program ends without an error in the sandbox.
 
-    Raises  RuntimeError where the kernel offers no isolation (nanochat/execution.py).
+    Raises  RuntimeError where the kernel offers no isolation (nanochat/sandbox/execution.py).
     """
     return execute(program).success
 

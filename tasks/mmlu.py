@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanochat.chat_format import Conversation
 from nanochat.configurator import near_miss
+from nanochat.text.chat_format import Conversation
 from tasks.common import Task, multiple_choice, shuffled
 from tasks.sources import Source
 

@@ -11,7 +11,7 @@ import string
 import zlib
 from pathlib import Path
 
-from nanochat.chat_format import Conversation
+from nanochat.text.chat_format import Conversation
 from tasks.common import Task, final_number, last_text
 from tasks.sources import data_folder
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from shards import break_row_group, documents, write, write_three
 
-from nanochat import dataset, embedded_corpus
+from nanochat import dataset
+from nanochat.data import embedded, shards
+from tests.support.shards import break_row_group, documents, write, write_three
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def three_shards(tmp_path: Path) -> Path:
 
 
 def texts_of(folder: Path, split: str, skip_bad_shards: bool = False) -> list[str]:
-    return list(dataset.iter_documents(folder, split, skip_bad_shards))
+    return list(shards.iter_documents(folder, split, skip_bad_shards))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -33,17 +34,17 @@ def test_train_and_validation_share_nothing(tmp_path: Path, count: int, rows: in
 
 @pytest.mark.parametrize("world_size", [1, 3, 8, 17])
 def test_blocks_are_cut_where_ranks_are_many(three_shards: Path, world_size: int) -> None:
-    every = dataset.row_blocks(three_shards, "train")
-    parts = [dataset.share(every, rank, world_size) for rank in range(world_size)]
+    every = shards.row_blocks(three_shards, "train")
+    parts = [shards.share(every, rank, world_size) for rank in range(world_size)]
     assert all(parts)
     texts = [text for part in parts for block in part for text in block.read()]
     assert sorted(texts) == sorted(documents(0, 17))
 
 
 def test_a_block_knows_its_place_in_the_shard(three_shards: Path) -> None:
-    whole = {path: documents_of(path) for path in dataset.list_shards(three_shards)}
-    every = dataset.row_blocks(three_shards, "train")
-    for block in [*every, *dataset.share(every, 1, 12)]:
+    whole = {path: documents_of(path) for path in shards.list_shards(three_shards)}
+    every = shards.row_blocks(three_shards, "train")
+    for block in [*every, *shards.share(every, 1, 12)]:
         start, stop = block.first_row + block.row_start, block.first_row + block.row_stop
         assert block.read() == whole[block.path][start:stop]
 
@@ -74,7 +75,7 @@ def test_a_bad_shard_is_named_or_skipped_aloud(
 ) -> None:
     damage(three_shards / "shard_00001.parquet", kind)
     with pytest.raises(ValueError, match=r"shard_00001\.parquet.*--skip_bad_shards"):
-        dataset.row_blocks(three_shards, "train")
+        shards.row_blocks(three_shards, "train")
     assert texts_of(three_shards, "train", skip_bad_shards=True) == documents(0, 10)
     assert texts_of(three_shards, "val", skip_bad_shards=True) == documents(17, 8)
     assert capsys.readouterr().out.count("skipped: shard") == 2
@@ -93,10 +94,10 @@ def test_splits_stay_apart_where_shards_are_bad(three_shards: Path, bad: tuple[i
 
 
 def test_nothing_left_is_an_error(three_shards: Path) -> None:
-    for path in dataset.list_shards(three_shards):
+    for path in shards.list_shards(three_shards):
         damage(path, "cut")
     with pytest.raises(ValueError, match=r"every shard in .* is bad"):
-        dataset.row_blocks(three_shards, "val", skip_bad_shards=True)
+        shards.row_blocks(three_shards, "val", skip_bad_shards=True)
 
 
 def test_a_broken_row_group_is_named_or_skipped_aloud(
@@ -115,7 +116,7 @@ def test_rows_that_are_no_text_are_named(tmp_path: Path) -> None:
     for index, column in enumerate((pa.array(["a", None]), latin)):
         path = tmp_path / f"shard_{index:05d}.parquet"
         pq.write_table(pa.table({"text": column}), path)
-        (block,) = dataset.shard_blocks(path)
+        (block,) = shards.shard_blocks(path)
         with pytest.raises(ValueError, match=f"{path.name}.*(has no text|UTF8)"):
             block.read()
 
@@ -128,25 +129,23 @@ def test_identity_is_of_the_content(tmp_path: Path) -> None:
     name = "shard_00000.parquet"
     assert (one / name).stat().st_size == (other / name).stat().st_size
     identities = [
-        dataset.identity(dataset.row_blocks(folder, "train")) for folder in (one, same, other)
+        shards.identity(shards.row_blocks(folder, "train")) for folder in (one, same, other)
     ]
     assert identities[0] == identities[1] != identities[2]
 
 
 def test_no_data_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"python -m nanochat\.dataset"):
-        dataset.row_blocks(tmp_path, "train")
+        shards.row_blocks(tmp_path, "train")
     with pytest.raises(ValueError, match="embedded, fineweb-edu, climbmix"):
         dataset.resolve_data_dir("fineweb", "", tmp_path)
 
 
 def test_auto_is_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded_corpus, "collect", lambda: documents(0, 8))
+    monkeypatch.setattr(embedded, "collect", lambda: documents(0, 8))
     (tmp_path / "base_data").mkdir()  # a download that brought nothing
-    embedded = dataset.resolve_data_dir("auto", "", tmp_path)
-    assert sorted(texts_of(embedded, "train") + texts_of(embedded, "val")) == sorted(
-        documents(0, 8)
-    )
+    folder = dataset.resolve_data_dir("auto", "", tmp_path)
+    assert sorted(texts_of(folder, "train") + texts_of(folder, "val")) == sorted(documents(0, 8))
     write(tmp_path / "base_data_climbmix", [["a"], ["b"]])
     assert dataset.resolve_data_dir("auto", "", tmp_path).name == "base_data_climbmix"
 
@@ -159,7 +158,7 @@ def test_text_and_jsonl_are_imported_once(tmp_path: Path) -> None:
     )
     (source / "deep" / "b.txt").write_text("three")
     folder = dataset.resolve_data_dir("auto", str(source), tmp_path)
-    texts = [t for s in ("train", "val") for t in dataset.iter_documents(folder, s)]
+    texts = [t for s in ("train", "val") for t in shards.iter_documents(folder, s)]
     assert sorted(texts) == ["one", "three", "two"]
     assert dataset.resolve_data_dir("auto", str(source), tmp_path) == folder
     assert dataset.resolve_data_dir("auto", str(folder), tmp_path) == folder
@@ -170,9 +169,9 @@ def test_text_and_jsonl_are_imported_once(tmp_path: Path) -> None:
     assert left == [folder.name]
 
 
-def test_embedded_corpus_is_real_text_without_duplicates() -> None:
-    texts = embedded_corpus.collect(total_chars=2_000_000)
-    assert texts == embedded_corpus.collect(total_chars=2_000_000)
+def test_embedded_is_real_text_without_duplicates() -> None:
+    texts = embedded.collect(total_chars=2_000_000)
+    assert texts == embedded.collect(total_chars=2_000_000)
     assert len(set(texts)) == len(texts) > 100
     assert all(1_000 <= len(text) <= 50_000 for text in texts)
     assert any("statement" in text for text in texts)

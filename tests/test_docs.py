@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dev import scripts_reference
+from dev import house, scripts_reference
 from nanochat import configurator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +19,6 @@ DOCUMENTS = [
     "experiments/mxfp4/README.md",
 ]
 PACKAGES = ("scripts.", "nanochat.", "dev.", "bench.", "experiments.")
-READMES = ("README.md", "README.zh-CN.md")
 # Commands of others, and those whose running would install or change something.
 UNCHECKED = ("uv", "git", "cd", "tail", "watch", "cargo", "ruff", "pyright", "pytest", "cp")
 
@@ -88,44 +87,9 @@ def test_documented_command(command):
                 )
 
 
-def tree_of(readme: str) -> dict[str, set[str]]:
-    """Folder -> names the README's tree lists in it; the root is ""."""
-    block = next(block for block in fenced(readme, "text") if "nanochat/" in block)
-    folders: dict[str, set[str]] = {"": set()}
-    path: list[str] = []
-    for line in block.splitlines():
-        indent = len(line) - len(line.lstrip(" "))
-        names = line.strip().split("  ")[0].split()
-        path = path[: indent // 2]
-        folder = "".join(path)
-        for name in names:
-            folders.setdefault(folder, set()).add(name)
-        path.append(names[-1])
-    return folders
-
-
-@lru_cache
-def files_on_disk() -> list[str]:
-    """What git has or would take, so that build outputs and caches do not count."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return [name for name in done.stdout.splitlines() if (ROOT / name).exists()]
-
-
-def names_in(folder: str) -> set[str]:
-    below = [name[len(folder) :] for name in files_on_disk() if name.startswith(folder)]
-    entries = {name.split("/")[0] + ("/" if "/" in name else "") for name in below}
-    return {name for name in entries if not name.startswith(".") and name != "__init__.py"}
-
-
-@pytest.mark.parametrize("readme", READMES)
-def test_tree_equals_the_disk(readme):
-    tree = tree_of(readme)
-    assert {"", "nanochat/", "nanochat/kernels/", "scripts/"} <= set(tree)
-    for folder, names in tree.items():
-        on_disk = names_in(folder)
-        assert names - on_disk == set(), f"{readme}: {folder or 'the root'} has no such files"
-        assert on_disk - names == set(), f"{readme}: not in the tree of {folder or 'the root'}"
+def test_project_structure_is_fresh():
+    text = read("docs/project_structure.md")
+    assert text == house.with_tables(text), "run python -m dev.house --write"
 
 
 def test_scripts_reference_is_fresh():

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import setup_training
+from nanochat.eval.loss import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig, KVCache
-from nanochat.loss_eval import evaluate_bpb
 
 SMALL = GPTConfig(sequence_len=32, vocab_size=101, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)
 

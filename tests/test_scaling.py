@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import scaling, schedule
+from nanochat import scaling
+from nanochat.optim import schedule
 
 
 def d(depth: int, vocab_size: int = 65_536) -> tuple[int, int, scaling.ParameterCount]:

@@ -19,7 +19,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat-bench-sm120}
 
-$python -m pytest -q -p no:cacheprovider -m gpu tests/test_mxfp4_*.py
+$python -m pytest -q -p no:cacheprovider -m gpu experiments/mxfp4/tests
 $python -m experiments.mxfp4.bench --output="$out/bench.json"
 
 [ -d "$NANOCHAT_BASE_DIR/base_data_embedded" ] || $python -m nanochat.dataset --dataset=embedded

@@ -26,16 +26,18 @@ from experiments.mxfp4 import plan
 from experiments.mxfp4.cells import PLAIN, chosen_cells
 from experiments.mxfp4.convert import convert
 from experiments.mxfp4.recipes import PRODUCTS, Recipe
-from nanochat import configurator, schedule, stage
+from nanochat import configurator
 from nanochat.common import Runtime, print0, setup_training
-from nanochat.dataloader import DataLoader
+from nanochat.data.dataloader import DataLoader
 from nanochat.dataset import resolve_data_dir
+from nanochat.eval.loss import evaluate_bpb
 from nanochat.kernels.registry import format_choices, select
-from nanochat.loss_eval import evaluate_bpb
-from nanochat.tokenizer import get_token_bytes, get_tokenizer
-from nanochat.tokenizer_base import Tokenizer
+from nanochat.optim import schedule
+from nanochat.text.tokenizer import get_token_bytes, get_tokenizer
+from nanochat.text.tokenizer_base import Tokenizer
 from nanochat.tracking import environment, jsonable
-from nanochat.train_step import set_rates, train_step
+from nanochat.train import run
+from nanochat.train.step import set_rates, train_step
 
 # settings that do not change what a cell's numbers are
 FREE = ("cells", "seeds", "output")
@@ -101,10 +103,10 @@ def train_cell(
     train_loss  nats per token, mean of the last steps
     """
     runtime = text.runtime
-    config = stage.model_config(
+    config = run.model_config(
         settings.depth, -1, settings.max_seq_len, text.tokenizer.get_vocab_size()
     )
-    model = stage.build_model(config, runtime, seed)
+    model = run.build_model(config, runtime, seed)
     conversion = None
     if recipe != PLAIN:
         conversion = convert(model, recipe, (), settings.backend, seed)

@@ -28,14 +28,15 @@ from experiments.mxfp4.convert import convert, linear_layers
 from experiments.mxfp4.formats import Quantizer
 from experiments.mxfp4.randomness import hadamard
 from experiments.mxfp4.step_randomness import FIXED_SIGNS
-from nanochat import configurator, stage
+from nanochat import configurator
 from nanochat.common import print0, setup_training
-from nanochat.dataloader import DataLoader
+from nanochat.data.dataloader import DataLoader
 from nanochat.dataset import resolve_data_dir
 from nanochat.gpt import GPT
 from nanochat.kernels.registry import select
-from nanochat.tokenizer import get_tokenizer
+from nanochat.text.tokenizer import get_tokenizer
 from nanochat.tracking import environment, jsonable
+from nanochat.train import run
 
 QUANTIZERS = (
     "mxfp4 floor",
@@ -170,7 +171,7 @@ def main() -> None:
     runtime = setup_training(settings.device)
     select("reference", runtime.device, runtime.dtype)
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
-    model, meta, _ = stage.load_pretrained(
+    model, meta, _ = run.load_pretrained(
         settings.checkpoint, "base", runtime, tokenizer, settings.model_tag
     )
     convert(model, PLAIN, backend="emulate")

@@ -1,4 +1,4 @@
-"""--precision=mxfp4: what nanochat.precision loads by name."""
+"""--precision=mxfp4: what nanochat.train.precision loads by name."""
 
 from collections.abc import Mapping
 from typing import Any

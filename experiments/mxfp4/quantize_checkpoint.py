@@ -16,11 +16,12 @@ from experiments.mxfp4 import reference
 from experiments.mxfp4.convert import kept_layers, linear_layers
 from experiments.mxfp4.formats import FORMATS, SCALE_MODES, Quantizer
 from experiments.mxfp4.quantized import FORMAT, quantized_state
-from nanochat import checkpoint_manager, configurator, stage
+from nanochat import configurator
 from nanochat.common import print0, setup_training
 from nanochat.gpt import GPT
-from nanochat.precision import QUANTIZED
-from nanochat.tokenizer import get_tokenizer
+from nanochat.text.tokenizer import get_tokenizer
+from nanochat.train import checkpoint_read, checkpoint_write, run
+from nanochat.train.precision import QUANTIZED
 
 FOLDER = "mxfp4"  # of the copies, in the base directory
 
@@ -60,9 +61,9 @@ def main() -> None:
     quantizer = Quantizer(FORMAT, settings.scale_mode)
     keep = [part.strip() for part in settings.keep.split(",") if part.strip()]
     runtime = setup_training("cpu")
-    source = stage.source_stage(settings.source, settings.checkpoint)
+    source = run.source_stage(settings.source, settings.checkpoint)
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
-    model, meta, path = stage.load_pretrained(
+    model, meta, path = run.load_pretrained(
         settings.checkpoint, source, runtime, tokenizer, settings.model_tag
     )
     if QUANTIZED in meta:
@@ -80,8 +81,8 @@ def main() -> None:
     }
     written_anew = ("files", "environment", "world_size")
     kept_meta = {name: value for name, value in meta.items() if name not in written_anew}
-    target = checkpoint_manager.save(
-        checkpoint_manager.stage_dir(runtime.base_dir / FOLDER, source),
+    target = checkpoint_write.save(
+        checkpoint_read.stage_dir(runtime.base_dir / FOLDER, source),
         meta["tag"],
         meta["step"],
         state,

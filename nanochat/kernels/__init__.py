@@ -1,1 +1,21 @@
-"""Operations: mathematics in, tensors out. Nothing here knows of models."""
+"""Operations: mathematics in, tensors out. Nothing here knows of models.
+
+    registry                      Op: a reference and faster implementations, chosen by --kernels
+    launch                        how a Triton kernel starts: tiles, interpreter, recorder
+    interpreter                   bfloat16 as hardware computes it, in Triton's interpreter
+    workloads                     sizes of each operation inside d12, d20, d32
+    roofline                      FLOPs and bytes -> speed-of-light seconds
+    aot                           compile every configuration for SM90 and SM120 without a GPU
+    rms_norm                      RMSNorm, alone and fused with the residual addition
+    norm_rope                     QK-norm and rotary embedding: the Triton kernels
+    qk_norm_rope                  QK-norm and rotary embedding: the operation
+    relu2_mlp                     the ReLU^2 network: the operation
+    relu2_mlp_kernels             the ReLU^2 network: products with fused epilogues
+    attention                     causal attention with grouped queries, by SDPA, Flash or flex
+    linear_cross_entropy          head and loss without a logits matrix: the operation
+    linear_cross_entropy_kernels  head and loss: the Triton kernels
+    newton_schulz                 orthogonalisation by symmetric products, for Muon
+    adamw_step                    AdamW's elementwise update in one pass
+
+May import: nothing.
+"""

@@ -1,0 +1,6 @@
+"""Where time and memory go.
+
+    throughput   tokens/s, both MFUs, peak memory, time left, of every step
+
+May import: common.
+"""

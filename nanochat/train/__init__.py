@@ -1,0 +1,11 @@
+"""A training run: what the four training scripts share around the loops they keep.
+
+    step               micro-batches -> gradients -> one optimizer step
+    precision          number format of the linear layers; the plug-in point for experiments
+    checkpoint_read    find a checkpoint by any name, check it, read it without running pickles
+    checkpoint_write   a checkpoint appears whole, by one rename, or not at all
+    run                build a model, resume, record, save, stop
+    policy_gradient    advantages and token losses of reinforcement learning
+
+May import: common, gpt, hardware, kernels, optim, profiler, scaling, text, tracking.
+"""

@@ -1,0 +1,295 @@
+"""What the training stages share around their loops: build, resume, save, stop.
+
+A stage's script keeps its loop; the state that a checkpoint must hold lives here once.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat import hardware, scaling
+from nanochat.common import Runtime, StopRequest, print0
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels.registry import Choice
+from nanochat.optim.adamw import AdamW
+from nanochat.optim.muon import Muon
+from nanochat.profiler.throughput import Meter, Peaks, peak_memory_gib
+from nanochat.text.tokenizer_base import Tokenizer
+from nanochat.tracking import Tracker
+from nanochat.train import checkpoint_read, checkpoint_write, precision
+
+
+def model_config(depth: int, n_kv_head: int, sequence_len: int, vocab_size: int) -> GPTConfig:
+    """Sizes of the model that a depth stands for; n_kv_head -1 is as many as query heads."""
+    width = scaling.model_width(depth)
+    n_head = width // scaling.HEAD_DIM
+    return GPTConfig(
+        sequence_len=sequence_len,
+        vocab_size=vocab_size,
+        n_layer=depth,
+        n_head=n_head,
+        n_kv_head=scaling.num_kv_heads(n_head, n_kv_head),
+        n_embd=width,
+    )
+
+
+def build_model(config: GPTConfig, runtime: Runtime, seed: int) -> GPT:
+    """A freshly initialised model on the device, without a second copy on the way."""
+    with torch.device("meta"):
+        model = GPT(config, runtime.dtype)
+    model.to_empty(device=runtime.device)
+    model.init_weights(seed)
+    return model
+
+
+def load_pretrained(
+    spec: str, stage: str, runtime: Runtime, tokenizer: Tokenizer, tag: str = ""
+) -> tuple[GPT, dict[str, Any], Path]:
+    """The model of a checkpoint of `stage` on the device, its meta and its folder.
+
+    Raises  ValueError where there is none, or it is of another stage or another tokenizer.
+    """
+    path = checkpoint_read.find(spec or None, stage, runtime.base_dir, tag or None)
+    meta = checkpoint_read.load_meta(path)
+    if meta.get("stage", stage) != stage:
+        raise ValueError(
+            f"checkpoint {path} is of stage {meta['stage']}, not {stage}; name one below "
+            f"{checkpoint_read.stage_dir(runtime.base_dir, stage)}, or its stage with --source"
+        )
+    checkpoint_read.check_compatible(
+        meta,
+        meta["model_config"] | {"vocab_size": tokenizer.get_vocab_size()},
+        tokenizer_fingerprint=tokenizer.fingerprint(),
+    )
+    model = build_model(GPTConfig(**meta["model_config"]), runtime, runtime.seed)
+    precision.accept_weights(model, meta)
+    model.load_state_dict(checkpoint_read.load_model_state(path, runtime.device))
+    print0(f"loaded {path}")
+    return model, meta, path
+
+
+# what the chat scripts call the stages
+SOURCES = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
+
+
+def source_stage(source: str, checkpoint: str) -> str:
+    """The stage that `checkpoint` is of by its path, or else the one called `source`.
+
+    Raises  ValueError for an unknown source.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source {source!r} is unknown; choose {', '.join(SOURCES)}")
+    parts = Path(checkpoint).parts
+    named = [stage for stage in SOURCES.values() if f"{stage}_checkpoints" in parts]
+    return named[-1] if named else SOURCES[source]
+
+
+def device_peaks(runtime: Runtime) -> Peaks:
+    """FLOP/s of the device at hand: datasheet where it is known, and a measured GEMM."""
+    known = hardware.identify(runtime.device)
+    measured = hardware.measure_gemm(runtime.device, runtime.dtype)
+    if known is None or known.bf16_flops is None:
+        print0(
+            f"{runtime.device.type}: no datasheet peak known, so no MFU; "
+            f"shares are of a measured GEMM of {measured / 1e12:.2f} TFLOP/s"
+        )
+    return Peaks(known.bf16_flops if known else None, measured)
+
+
+def find_resume(
+    stage: str, tag: str, resume: bool, resume_from: str, base_dir: Path
+) -> Path | None:
+    """The checkpoint to go on from: `resume_from`, or with `resume` the tag's newest, if any."""
+    if resume_from:
+        return checkpoint_read.find(resume_from, stage, base_dir, tag)
+    tag_dir = checkpoint_read.stage_dir(base_dir, stage) / tag
+    if resume and checkpoint_read.steps_of(tag_dir):
+        return checkpoint_read.find(tag_dir, stage, base_dir)
+    return None
+
+
+@dataclass
+class TrainState:
+    """Everything that decides how a run goes on; saved and restored as a whole.
+
+    loader_state  of the last batch trained on; None before the first.
+    """
+
+    model: GPT
+    optimizers: Sequence[AdamW | Muon]
+    meter: Meter
+    stage: str
+    tag: str
+    meta: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    saved_step: int = -1
+    min_bpb: float = math.inf
+    loader_state: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a tag that no checkpoint can have, before anything is trained."""
+        checkpoint_write.check_tag(self.tag)
+
+    def directory(self, runtime: Runtime) -> Path:
+        """Folder of the tag: checkpoints and metrics.jsonl."""
+        return checkpoint_read.stage_dir(runtime.base_dir, self.stage) / self.tag
+
+    def save(self, runtime: Runtime, keep_last: int) -> None:
+        """Write a checkpoint of this step, once. keep_last 0 or less keeps all."""
+        if self.saved_step == self.step:
+            return
+        rank_state = {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "loader": self.loader_state,
+            "rng": torch.get_rng_state(),
+            "meter": self.meter.state(),
+            "min_bpb": self.min_bpb,
+        }
+        meta = self.meta | {
+            "stage": self.stage,
+            "model_config": asdict(self.model.config),
+            "num_iterations": self.meter.num_iterations,
+        }
+        checkpoint_write.save(
+            checkpoint_read.stage_dir(runtime.base_dir, self.stage),
+            self.tag,
+            self.step,
+            self.model.state_dict(),
+            rank_state,
+            meta,
+            runtime,
+            keep_last if keep_last > 0 else None,
+        )
+        self.saved_step = self.step
+
+    def restore(self, path: Path, runtime: Runtime) -> None:
+        """Take up the run saved at `path`.
+
+        Raises  ValueError naming both values if it is of another model or another world size.
+        """
+        meta = checkpoint_read.load_meta(path)
+        checkpoint_read.check_compatible(
+            meta,
+            asdict(self.model.config),
+            runtime.world_size,
+            self.meta.get("tokenizer_fingerprint"),
+        )
+        self.model.load_state_dict(checkpoint_read.load_model_state(path, runtime.device))
+        state = checkpoint_read.load_rank_state(path, runtime.rank)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            rates = [group["initial_lr"] for group in optimizer.param_groups]
+            optimizer.load_state_dict(saved)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["initial_lr"] = rate  # this run's settings decide, not the saved run's
+        torch.set_rng_state(state["rng"])
+        self.meter.restore(state["meter"])
+        self.step = self.saved_step = meta["step"]
+        self.min_bpb = state["min_bpb"]
+        self.loader_state = state["loader"]
+        print0(f"resuming from {path}")
+
+    def check_finite(self, loss: float, grad_norm: float, runtime: Runtime) -> None:
+        """Leave the program, checkpoints untouched, where a step made the weights useless."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            sys.exit(
+                f"step {self.step}: loss {loss}, gradient norm {grad_norm}: the weights are lost. "
+                f"The last checkpoint in {self.directory(runtime)} is untouched: --resume from it "
+                "with lower rates or --grad_clip=1.0"
+            )
+
+    def finish(
+        self,
+        tracker: Tracker,
+        runtime: Runtime,
+        stop: StopRequest | None,
+        keep_last: int,
+        started: float,
+        **values: object,
+    ) -> None:
+        """End of a stage: the "end" record; or, where `stop` ended it early, a checkpoint.
+
+        started  time.perf_counter() when the loop began; values go into the record.
+        """
+        if stop is None:
+            tracker.log(
+                "end",
+                self.step,
+                wall_seconds=time.perf_counter() - started,
+                train_seconds=self.meter.seconds,
+                peak_memory_gib=peak_memory_gib(runtime),
+                **values,
+            )
+            print0(f"done: {self.directory(runtime)}")
+        else:
+            self.save(runtime, keep_last)
+            print0(f"{stop.name}: saved step {self.step}; go on with --resume")
+        tracker.close()
+        runtime.close()
+        if stop is not None:
+            sys.exit(stop.exit_code)
+
+
+def open_run(
+    stage: str,
+    tag: str,
+    model: GPT,
+    meter: Meter,
+    settings: Any,
+    runtime: Runtime,
+    record: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    init_lr_frac: float = 1.0,
+    run: str = "dummy",
+) -> tuple[TrainState, Tracker]:
+    """The optimizers, state and records of a run, taken up where it stopped if that is asked for.
+
+    settings      of a training script: its rates, resume and resume_from
+    record        for the checkpoints and for the records; meta is for the checkpoints alone.
+    init_lr_frac  share of the settings' rates
+    run           name of the wandb run
+    Raises        ValueError for a bad tag or a checkpoint that does not fit, before any writing.
+    """
+    state = TrainState(
+        model,
+        model.setup_optimizers(
+            settings.embedding_lr * init_lr_frac,
+            settings.unembedding_lr * init_lr_frac,
+            settings.matrix_lr * init_lr_frac,
+            settings.weight_decay,
+            distributed=runtime.world_size > 1,
+            newton_schulz=settings.newton_schulz,
+        ),
+        meter,
+        stage,
+        tag,
+        {"settings": asdict(settings), **record, **meta},
+    )
+    resumed = find_resume(stage, tag, settings.resume, settings.resume_from, runtime.base_dir)
+    if resumed is not None:
+        state.restore(resumed, runtime)
+    tracker = Tracker(
+        state.directory(runtime),
+        runtime,
+        stage,
+        settings,
+        run=run,
+        resume_step=None if resumed is None else state.step,
+        header=record,
+    )
+    return state, tracker
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done `every` steps (never if not positive) is due at `step`."""
+    return step > 0 and every > 0 and step % every == 0
+
+
+def choices_record(choices: Sequence[Choice]) -> dict[str, str]:
+    """operation -> implementation, for checkpoints and records."""
+    return {choice.op: choice.implementation for choice in choices}

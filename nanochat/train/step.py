@@ -1,0 +1,70 @@
+"""One optimizer step: micro-batches, backward, gradient reduction, clipping, update.
+
+The loss is normalised by the number of valid targets of the whole step, over all micro-batches and
+ranks, so that a batch with few targets does not weigh more than its tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanochat.common import Runtime
+from nanochat.kernels.linear_cross_entropy import IGNORE_INDEX
+from nanochat.optim.adamw import AdamW
+from nanochat.optim.muon import Muon
+
+
+class StepResult(NamedTuple):
+    """Zero-dimensional tensors on the device; reading them waits for the step."""
+
+    loss: Tensor  # nats per valid target, mean over all ranks
+    grad_norm: Tensor  # of the whole gradient, before clipping
+
+
+def cross_entropy_sum(model: torch.nn.Module, micro_batch: tuple[Tensor, ...]) -> Tensor:
+    """Nats of all targets together."""
+    inputs, targets = micro_batch
+    return model(inputs, targets, loss_reduction="sum")
+
+
+def train_step(
+    model: torch.nn.Module,
+    optimizers: Sequence[AdamW | Muon],
+    micro_batches: Sequence[tuple[Any, ...]],
+    runtime: Runtime,
+    grad_clip: float = 0.0,
+    loss_sum: Callable[[torch.nn.Module, Any], Tensor] = cross_entropy_sum,
+) -> StepResult:
+    """Train on micro-batches (inputs, targets, ...) and update the parameters once.
+
+    grad_clip  largest global gradient norm; 0 leaves the gradient as it is.
+    loss_sum   of the valid targets of one micro-batch.
+    """
+    valid = torch.stack([(batch[1] != IGNORE_INDEX).sum() for batch in micro_batches]).sum()
+    valid = runtime.all_reduce(valid.float()).clamp(min=1)
+    total = torch.zeros((), device=runtime.device)
+    for batch in micro_batches:
+        loss = loss_sum(model, batch) / valid
+        # the optimizers average over ranks, and `valid` already counts all of them
+        (loss * runtime.world_size).backward()
+        total += loss.detach()
+    for optimizer in optimizers:
+        optimizer.reduce_gradients()
+    square_sum = torch.stack([optimizer.gradient_square_sum() for optimizer in optimizers]).sum()
+    grad_norm = runtime.all_reduce(square_sum).sqrt()
+    scale = (grad_clip / (grad_norm + 1e-6)).clamp(max=1.0) if grad_clip > 0 else 1.0
+    for optimizer in optimizers:
+        optimizer.step(grad_scale=scale)
+        optimizer.zero_grad()
+    return StepResult(runtime.all_reduce(total), grad_norm)
+
+
+def set_rates(optimizers: Sequence[AdamW | Muon], lr_scale: float, muon_momentum: float) -> None:
+    """Scale every group's initial rate and set Muon's momentum."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_scale
+            if "momentum" in group:
+                group["momentum"] = muon_momentum

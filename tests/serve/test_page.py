@@ -1,0 +1,216 @@
+"""The chat's page in a browser: typing, streaming, tools, stop, regenerate, parameters, errors.
+
+Needs Playwright and a Chromium of its own (`playwright install chromium`), or of somebody else's:
+--chromium=http://127.0.0.1:9222 names the debugging address of one that runs.
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+from torch import Tensor
+
+from nanochat.gpt import GPT, GPTConfig, KVCache
+from nanochat.infer.engine import Engine
+from nanochat.serve.server import Defaults, create_app
+from nanochat.text.tokenizer import RustBPETokenizer
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+
+CONTEXT = 256
+STEP_SECONDS = 0.02  # of the model: an answer can be watched, and stopped
+
+
+class Scripted(GPT):
+    """Answers every prompt with the same tokens."""
+
+    script: list[int]
+    assistant_start: int
+    first = 0  # position of the answer
+
+    def hidden(self, idx_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        assert cache is not None
+        time.sleep(STEP_SECONDS)
+        positions = cache.lengths[:, None] + torch.arange(idx_BT.shape[1])
+        starts = positions[idx_BT == self.assistant_start]
+        if len(starts):
+            self.first = int(starts.max())
+        cache.lengths += idx_BT.shape[1]
+        return (positions - self.first).clamp(0, len(self.script) - 1)[..., None].float()
+
+    def head(self, y: Tensor) -> Tensor:
+        says = torch.tensor(self.script)[y[..., 0].long()]
+        logits = torch.full((*says.shape, self.config.vocab_size), -20.0)
+        return logits.scatter(-1, says[..., None], 20.0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> RustBPETokenizer:
+    return RustBPETokenizer.train_from_iterator(["what is six times seven? it is " * 9], 284)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: RustBPETokenizer) -> Scripted:
+    model = Scripted(GPTConfig(CONTEXT, tokenizer.get_vocab_size(), 1, 1, 1, 32))
+    model.assistant_start = tokenizer.encode_special("<|assistant_start|>")
+    return model
+
+
+@pytest.fixture(scope="module")
+def address(tokenizer: RustBPETokenizer, model: Scripted) -> Iterator[str]:
+    app = create_app(Engine(model, tokenizer, num_slots=1), Defaults(max_tokens=100))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser(request: pytest.FixtureRequest) -> Iterator[Any]:
+    running = request.config.getoption("--chromium")
+    with playwright.sync_playwright() as started:
+        try:
+            chromium = started.chromium
+            browser = chromium.connect_over_cdp(running) if running else chromium.launch()
+        except playwright.Error as error:
+            if running:  # asked for: it must be there
+                raise
+            pytest.skip(f"needs Chromium: {str(error).splitlines()[0]}")
+        yield browser
+        if not running:
+            browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The page, opened; at the end nothing has failed in it and nothing came from elsewhere."""
+    failures: list[str] = []
+    fetched: list[str] = []
+    # a browser that only shows pages has the one it was started with
+    borrowed = request.config.getoption("--chromium")
+    page = browser.contexts[0].pages[0] if borrowed else browser.new_page()
+    page.on("pageerror", lambda error: failures.append(str(error)))
+    page.on("request", lambda sent: fetched.append(sent.url))
+    page.goto(address)
+    yield page
+    assert failures == []
+    assert [url for url in fetched if not url.startswith(address)] == []
+
+
+def say(model: Scripted, tokenizer: RustBPETokenizer, *parts: str) -> None:
+    """Let the model's answers be these parts; those like <|bos|> stand for themselves."""
+    model.script = []
+    for part in (*parts, "<|assistant_end|>"):
+        special = part.startswith("<|")
+        model.script += [tokenizer.encode_special(part)] if special else tokenizer.encode(part)
+
+
+def ask(page: Any, text: str) -> None:
+    page.fill("#input", text)
+    page.press("#input", "Enter")
+
+
+def finish(page: Any) -> None:
+    page.wait_for_selector("#send:enabled")
+    page.wait_for_selector("#stop:disabled")
+
+
+def test_a_tool_call_is_shown(page: Any, model: Scripted, tokenizer: RustBPETokenizer) -> None:
+    hidden = "?" * (2 + len(tokenizer.encode("42")))  # where the tool's output is put
+    say(model, tokenizer, "it is ", "<|python_start|>", "6*7", "<|python_end|>", hidden, "so 42")
+    ask(page, "what is six times seven?")
+    finish(page)
+    assert page.inner_text(".user .text") == "what is six times seven?"
+    assert page.locator(".assistant .tool").all_inner_texts() == ["» 6*7", "= 42"]
+    assert page.locator(".assistant .text span").all_inner_texts() == ["it is ", "so 42"]
+    assert page.input_value("#input") == ""
+    ask(page, "and again?")  # the call goes back with the history
+    finish(page)
+    assert page.locator(".assistant .tool").count() == 4
+
+
+def test_an_answer_streams_and_stops(
+    page: Any, model: Scripted, tokenizer: RustBPETokenizer
+) -> None:
+    say(model, tokenizer, "seven " * 60)
+    ask(page, "count")
+    page.wait_for_function("document.querySelector('.assistant .text')?.textContent.length > 20")
+    assert page.is_disabled("#send")
+    page.click("#stop")
+    finish(page)
+    text = page.inner_text(".assistant .text")
+    assert text.startswith("seven seven")
+    assert len(text) < len("seven " * 50)
+    say(model, tokenizer, "six")
+    ask(page, "go on")  # the slot is free again
+    finish(page)
+    assert page.locator(".assistant .text").all_inner_texts()[-1] == "six"
+
+
+def test_regenerate_edit_and_new_chat(
+    page: Any, model: Scripted, tokenizer: RustBPETokenizer
+) -> None:
+    say(model, tokenizer, "it is six")
+    ask(page, "what?")
+    finish(page)
+    say(model, tokenizer, "it is seven")
+    page.click("text=regenerate")
+    finish(page)
+    assert page.locator(".assistant .text").all_inner_texts() == ["it is seven"]
+    page.click("text=edit")
+    assert page.locator(".message").count() == 0
+    assert page.input_value("#input") == "what?"
+    page.press("#input", "Enter")
+    finish(page)
+    assert page.locator(".message").count() == 2
+    page.click("#clear")
+    assert page.locator(".message").count() == 0
+
+
+def test_parameters_are_sent_and_errors_are_shown(
+    page: Any, model: Scripted, tokenizer: RustBPETokenizer
+) -> None:
+    say(model, tokenizer, "seven " * 20)
+    page.fill("#max_tokens", "3")
+    ask(page, "count")
+    finish(page)
+    assert len(tokenizer.encode(page.inner_text(".assistant .text"))) == 3
+    page.fill("#temperature", "3")
+    ask(page, "count")
+    finish(page)
+    assert "temperature" in page.inner_text(".assistant .text.error")
+    page.fill("#temperature", "0.5")
+    ask(page, "count")  # what failed is not part of the conversation
+    finish(page)
+    assert page.locator(".assistant .text:not(.error)").count() == 2
+
+
+def test_an_empty_answer_leaves_no_trace(
+    page: Any, model: Scripted, tokenizer: RustBPETokenizer
+) -> None:
+    say(model, tokenizer)
+    ask(page, "what?")
+    finish(page)
+    say(model, tokenizer, "it is six")
+    ask(page, "what?")
+    finish(page)
+    assert page.locator(".assistant .text").all_inner_texts() == ["it is six"]
+
+
+def test_text_of_a_model_is_no_markup(
+    page: Any, model: Scripted, tokenizer: RustBPETokenizer
+) -> None:
+    say(model, tokenizer, "<b id=bad>\n<script>1</script> é 你")
+    ask(page, "<i>x</i>")
+    finish(page)
+    assert page.inner_text(".assistant .text") == "<b id=bad>\n<script>1</script> é 你"
+    assert page.inner_text(".user .text") == "<i>x</i>"
+    assert page.locator("#bad").count() == 0
