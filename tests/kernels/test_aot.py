@@ -10,6 +10,8 @@ import pytest
 
 from nanochat.kernels.aot import REGISTRY  # with every operation in it
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
