@@ -207,6 +207,7 @@ def shape(name: str) -> dict[str, list]:
         # comments are translated
         "code": [(kind, re.sub(r" +# .*", "", body)) for kind, body in blocks],
         "columns of tables": [row.count("|") for row in rows],
+        "code in tables": [sorted(re.findall(r"`[^`]+`", row)) for row in rows],
         "numbers in tables": [sorted(re.findall(r"\d[\d.,]*", row)) for row in rows],
         "links": [t for t in re.findall(r"\]\(([^)]+)\)", prose) if not t.startswith("README")],
     }
