@@ -175,6 +175,7 @@ def test_greedy_generation_takes_the_likeliest() -> None:
     assert len(list(model.generate([3], 2, top_k=0))) == 2
 
 
+@pytest.mark.long
 def test_model_traces_without_a_graph_break() -> None:
     model = build()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -78,7 +78,6 @@ def test_greedy_tokens_are_the_models_own(
     assert [engine.complete([request])[0].tokens for request in requests] == want
 
 
-@pytest.mark.long
 def test_200_answers_do_not_depend_on_their_company(
     model: GPT, tokenizer: RustBPETokenizer
 ) -> None:

@@ -56,6 +56,7 @@ def results(call: Callable[..., Tensor], scale: Tensor, **options: Any) -> list[
     return [loss, gradient(x), gradient(weight)]
 
 
+@pytest.mark.long
 @BOTH
 @pytest.mark.usefixtures("three_rows_a_chunk")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -51,6 +51,7 @@ def saved_bytes(call: Callable[..., torch.Tensor]) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.long
 @ALL
 def test_one_tensor_is_saved_where_the_reference_saves_two_or_three(call: Any) -> None:
     activation = 20 * 64 * 4

@@ -15,6 +15,8 @@ from nanochat.optim.adamw import AdamW, DistAdamW
 from nanochat.optim.muon import DistMuon, Muon
 from nanochat.optim.sharding import BucketOptimizer, all_gather, reduce_scatter_mean
 
+pytestmark = pytest.mark.long
+
 STEPS = 4
 # Nothing divides: odd sizes, a scalar, one element, one parameter too large to share a bucket.
 ADAMW_SHAPES = ((7,), (3, 5), (), (1,), (257, 257), (11,))

@@ -10,6 +10,8 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels.registry import REGISTRY, select
 from nanochat.train.step import set_rates, train_step
 
+pytestmark = pytest.mark.long
+
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOKENS = 24
 
