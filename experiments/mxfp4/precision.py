@@ -5,10 +5,10 @@ from typing import Any
 
 import triton
 
-from experiments.mxfp4 import plan
-from experiments.mxfp4.convert import convert
-from experiments.mxfp4.quantized import accept_quantized
-from experiments.mxfp4.recipes import DEFAULT, find_recipe
+from experiments.mxfp4.layers import coverage
+from experiments.mxfp4.layers.convert import convert
+from experiments.mxfp4.layers.quantized import accept_quantized
+from experiments.mxfp4.layers.recipes import DEFAULT, find_recipe
 from nanochat.common import Runtime, print0
 from nanochat.gpt import GPT
 
@@ -35,12 +35,12 @@ class MXPrecision:
             "stochastic": "Philox4x32-10" if recipe.stochastic else None,
             "instructions": self.conversion.instructions,
             "triton": triton.__version__,
-            **plan.record(self.conversion.rows),
+            **coverage.record(self.conversion.rows),
         }
         print0(f"precision mxfp4, recipe {recipe.name}, backend {backend}")
         for fmt, instruction in self.conversion.instructions.items():
             print0(f"  {fmt}: {instruction}")
-        print0(plan.table(self.conversion.rows))
+        print0(coverage.table(self.conversion.rows))
 
     def begin_step(self, step: int) -> None:
         """Draw the random numbers of the step."""

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from experiments.mxfp4 import reference
-from experiments.mxfp4.convert import kept_layers, linear_layers
-from experiments.mxfp4.formats import FORMATS, SCALE_MODES, Quantizer
-from experiments.mxfp4.quantized import FORMAT, quantized_state
+from experiments.mxfp4.layers.convert import kept_layers, linear_layers
+from experiments.mxfp4.layers.quantized import FORMAT, quantized_state
+from experiments.mxfp4.numbers import reference
+from experiments.mxfp4.numbers.formats import FORMATS, SCALE_MODES, Quantizer
 from nanochat import configurator
 from nanochat.common import print0, setup_training
 from nanochat.gpt import GPT

@@ -9,7 +9,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from experiments.mxfp4.formats import FORMATS, Quantizer
+from experiments.mxfp4.numbers.formats import FORMATS, Quantizer
 
 INFINITY_BITS = tl.constexpr(0x7F800000)
 SIGN_BIT = tl.constexpr(-0x80000000)

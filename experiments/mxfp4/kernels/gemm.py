@@ -15,7 +15,6 @@ Native  a GPU without block-scaled tensor cores would multiply in bfloat16 inste
 import torch
 from torch import Tensor
 
-from experiments.mxfp4.formats import FORMATS, Quantizer, ScaledTensor
 from experiments.mxfp4.kernels.blocks import constants_of
 from experiments.mxfp4.kernels.gemm_kernels import matmul_kernel, sum_kernel
 from experiments.mxfp4.kernels.launch import (
@@ -27,6 +26,7 @@ from experiments.mxfp4.kernels.launch import (
 )
 from experiments.mxfp4.kernels.ptx import require_block_scale
 from experiments.mxfp4.kernels.quantize import empty_outputs
+from experiments.mxfp4.numbers.formats import FORMATS, Quantizer, ScaledTensor
 from nanochat.kernels.launch import Launch, cdiv, current_recorder
 
 GROUP = 8  # rows of tiles that share the columns of b in L2

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from experiments.mxfp4.formats import ScaledTensor
 from experiments.mxfp4.kernels.launch import config, launch, target_of
+from experiments.mxfp4.numbers.formats import ScaledTensor
 from nanochat.kernels.launch import cdiv
 from nanochat.kernels.rms_norm import as_rows
 

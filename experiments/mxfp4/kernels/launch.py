@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from experiments.mxfp4 import interpreter
+from experiments.mxfp4.kernels import interpreter
 from nanochat.kernels import launch as launcher
 
 CONFIGS = Path(__file__).parent / "configs.json"

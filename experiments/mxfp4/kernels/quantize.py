@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from experiments.mxfp4.formats import FORMATS, Quantizer, ScaledTensor, check_matrix
 from experiments.mxfp4.kernels.blocks import constants_of, store_quantized
 from experiments.mxfp4.kernels.launch import config, converts_to_e2m1, launch, target_of
-from experiments.mxfp4.layout import TILE_ROWS, swizzled_shape
+from experiments.mxfp4.numbers.formats import FORMATS, Quantizer, ScaledTensor, check_matrix
+from experiments.mxfp4.numbers.layout import TILE_ROWS, swizzled_shape
 from nanochat.kernels.launch import cdiv
 from nanochat.kernels.relu2_mlp_kernels import activated
 from nanochat.kernels.rms_norm import EPS, as_rows
