@@ -195,11 +195,12 @@ def _training_rows(records: list[Record], trained: list[Record]) -> list[tuple[s
         if "flops_per_token_causal" in plan:
             rows.append(("training FLOPs, causal", float(tokens * plan["flops_per_token_causal"])))
     steady = trained[STEADY_AFTER:] or trained
+    emulated = ", emulated: no speed" if any(r.get("emulated") for r in steady) else ""
     for key, title in (
         ("step_seconds", "seconds per step, median"),
         ("tokens_per_second", "tokens/s, median"),
     ):
-        rows.append((title, _median(steady, key)))
+        rows.append((title + emulated, _median(steady, key)))
     shares = (
         ("mfu_causal", "MFU against the datasheet, causal FLOPs"),
         ("mfu_nanochat", "MFU against the datasheet, nanochat formula"),

@@ -118,6 +118,7 @@ def main() -> None:
         "data_dir": str(data_dir),
     }
     meter = build_meter(settings, model.num_parameters().total, model.estimate_flops, runtime)
+    meter.emulated = numerics.emulated
     state, tracker = run.open_run(
         "base",
         settings.model_tag or f"d{settings.depth}",

@@ -166,6 +166,44 @@ def test_the_rule_allows_the_rest(path, source):
     assert violations(path, source) == []
 
 
+PLUG_IN_POINT = "nanochat/train/precision.py"
+
+
+def names_of_experiments(source: str) -> list[str]:
+    """Imports of experiments/, and strings that an import of it could be made from."""
+    tree = ast.parse(source)
+    found = [name for name in imports(source)[0] if name.split(".")[0] == "experiments"]
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = (
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and id(node) not in prose and isinstance(node.value, str)
+    )
+    return found + [x for x in texts if x == "experiments" or x.startswith("experiments.")]
+
+
+def test_only_the_plug_in_point_reaches_experiments():
+    """A name put together at run time is an import that `imports` does not see."""
+    below = sources("nanochat", "tasks", "scripts", "bench")
+    found = {path: names_of_experiments((ROOT / path).read_text()) for path in below}
+    assert {path: names for path, names in found.items() if names} == {
+        PLUG_IN_POINT: ["experiments"]
+    }
+
+
+def test_the_plug_in_point_loads_nothing_but_a_precision():
+    source = (ROOT / PLUG_IN_POINT).read_text()
+    loaded = [
+        ast.unparse(node.args[0])
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module")
+    ]
+    assert sorted(loaded) == ["EXPERIMENTS", "f'{EXPERIMENTS}.{name}.precision'"]
+    for path in ROOT.glob("experiments/*/precision.py"):
+        functions = {x.name for x in ast.parse(path.read_text()).body if hasattr(x, "name")}
+        assert {"prepare", "accept_weights"} <= functions, path
+
+
 def test_rooms_declare_what_is_inside():
     """The docstrings name the files that are there, on floors that exist."""
     offenders = []

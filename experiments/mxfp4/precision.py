@@ -18,6 +18,8 @@ OPTIONS = ("mx_recipe", "mx_backend", "mx_keep")
 class MXPrecision:
     """A model converted for training; record says what every product runs in."""
 
+    emulated: bool
+
     def __init__(self, model: GPT, runtime: Runtime, options: Mapping[str, str]) -> None:
         unknown = [name for name in options if name not in OPTIONS]
         if unknown:
@@ -26,10 +28,12 @@ class MXPrecision:
         backend = options.get("mx_backend") or "native"
         keep = [part.strip() for part in options.get("mx_keep", "").split(",") if part.strip()]
         self.conversion = convert(model, recipe, keep, backend, runtime.seed, runtime.rank)
+        self.emulated = backend == "emulate"
         self.record: dict[str, Any] = {
             "name": "mxfp4",
             "recipe": recipe.name,
             "backend": backend,
+            "emulated": self.emulated,
             "keep": keep,
             "signs": recipe.signs,
             "stochastic": "Philox4x32-10" if recipe.stochastic else None,

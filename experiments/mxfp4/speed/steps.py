@@ -22,7 +22,7 @@ def step_row(shape: str, folder: Path) -> dict[str, Any]:
     """Median seconds of a step. Raises ValueError for a run that is emulated or too short."""
     records = list(read_records(folder / METRICS_FILE))
     precision: Mapping[str, Any] = next(r for r in records if r["kind"] == "start")["precision"]
-    if precision.get("backend") == "emulate":
+    if precision.get("emulated", precision.get("backend") == "emulate"):
         raise ValueError(f"{folder} multiplied by emulation: its time is no speed")
     steps = [r for r in records if r["kind"] == "train"]
     if len(steps) <= WARM_STEPS:

@@ -62,6 +62,7 @@ def test_it_is_not_the_plain_run(base: Path, whole: Path) -> None:
     assert losses(plain)[0] == pytest.approx(losses(whole)[0], rel=1e-6), "the head is zero"
     assert losses(plain)[2] != losses(whole)[2]
     assert records(plain, "start")[0]["precision"] == {"name": "plain"}
+    assert all("gemm_share_causal" in step for step in records(plain, "train"))
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(base: Path, whole: Path) -> None:
@@ -92,6 +93,10 @@ def test_other_rounding_is_another_run(base: Path, whole: Path) -> None:
 def test_what_a_run_records(whole: Path) -> None:
     meta = json.loads((whole / f"{STEPS:06d}" / "meta.json").read_text())
     (start,) = records(whole, "start")
+    assert start["precision"]["emulated"] is True
+    for step in records(whole, "train"):
+        assert step["emulated"] is True
+        assert not [name for name in step if name.startswith(("mfu", "gemm_share"))]
     assert meta["precision"] == start["precision"]
     assert meta["settings"]["mx_recipe"] == "mx8f_mx4b_sr"
     got = start["precision"]
@@ -126,6 +131,9 @@ def test_what_a_run_prints(base: Path) -> None:
     ):
         assert words.split() in lines
     assert "FLOPs of matrix products: float32 " in said
+    (step,) = (line for line in said.splitlines() if "tok/s" in line)
+    assert "tok/s | emulated, no speed | " in step
+    assert "of gemm" not in step
 
 
 @pytest.mark.parametrize(
