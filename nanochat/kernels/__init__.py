@@ -2,7 +2,8 @@
 
     registry                      Op: a reference and faster implementations, chosen by --kernels
     launch                        how a Triton kernel starts: tiles, interpreter, recorder
-    interpreter                   bfloat16 as hardware computes it, in Triton's interpreter
+    optional_triton               the package triton, or a stand-in where there is none
+    interpreter                   narrow floats as hardware computes them, in Triton's interpreter
     workloads                     sizes of each operation inside d12, d20, d32
     roofline                      FLOPs and bytes -> speed-of-light seconds
     aot                           compile every configuration for SM90 and SM120 without a GPU

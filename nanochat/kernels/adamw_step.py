@@ -15,13 +15,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.launch import cdiv, config, launch, needs_triton, worth_compiling
+from nanochat.kernels.launch import Config, cdiv, launch, needs_triton, worth_compiling
+from nanochat.kernels.optional_triton import tl, triton
 from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.workloads import Workload
+
+STEP = Config(
+    "adamw_step.step",
+    {
+        "BLOCK": 1024,
+        "num_warps": 4,
+        "num_stages": 1,
+        "origin": "not measured: 32 bytes a thread and tensor",
+    },
+)
 
 
 @torch.no_grad()
@@ -77,7 +86,7 @@ def fused(
                 f"adamw_step takes four contiguous float32 tensors of one shape, not {x.dtype} "
                 f"{tuple(x.shape)} beside {tuple(weight.shape)}"
             )
-    options = config("adamw_step.step", weight, weight.numel())
+    options = STEP.choose(weight, weight.numel())
     grid = (cdiv(weight.numel(), options["BLOCK"]),)
     rates = beta1, beta2, eps, decay, rate, root_scale
     launch(step_kernel, grid, *tensors, weight.numel(), *rates, **options)

@@ -22,11 +22,10 @@ Source  Muon: kellerjordan.github.io/posts/muon; Polar Express: arXiv:2505.16932
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.launch import cdiv, config, launch, needs_triton, worth_compiling
+from nanochat.kernels.launch import Config, cdiv, launch, needs_triton, worth_compiling
+from nanochat.kernels.optional_triton import tl, triton
 from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.workloads import Workload
 
@@ -35,6 +34,13 @@ Coefficients = tuple[tuple[float, float, float], ...]
 NORM_EPS = 1e-7
 GRAM_RESTART = 3  # steps after which Q X is formed and R taken anew
 GRAM_ASPECT = 2  # n >= 2 m: below, R and Q cost more than X
+
+PIPELINE = {"BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+PRODUCT = Config(
+    "newton_schulz.symmetric_product",
+    {"element_size": 4, "BLOCK_M": 64, "origin": "not measured"} | PIPELINE,
+    {"BLOCK_M": 128, "origin": "not measured: fits 99 KiB"} | PIPELINE,
+)
 
 
 def with_norm_safety(coefficients: Coefficients, safety: float) -> Coefficients:
@@ -130,7 +136,7 @@ def symmetric_product(
     D = A if D_LMM is None else D_LMM.contiguous()
     L, M, K = A.shape
     C = torch.empty((L, M, M), dtype=A.dtype, device=A.device)
-    options = config("newton_schulz.symmetric_product", A, M)
+    options = PRODUCT.choose(A, M)
     tiles = cdiv(M, options["BLOCK_M"])
     strides = A.stride()[:2] + B.stride()[:2] + D.stride()[:2]
     launch(

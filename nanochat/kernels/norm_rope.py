@@ -23,14 +23,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.launch import cdiv, config, launch, needs_triton, worth_compiling
+from nanochat.kernels.launch import (
+    Config,
+    cdiv,
+    launch,
+    needs_triton,
+    next_power_of_2,
+    worth_compiling,
+)
+from nanochat.kernels.optional_triton import tl, triton
 from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.rms_norm import EPS
 from nanochat.kernels.workloads import HEAD_DIM, Workload
+
+WARPS = {"num_warps": 4, "num_stages": 1, "origin": "not measured: 8 KiB of a head a step"}
+FORWARD = Config(
+    "norm_rope.forward", {"element_size": 4, "BLOCK_T": 16, **WARPS}, {"BLOCK_T": 32, **WARPS}
+)
+BACKWARD = Config(
+    "norm_rope.backward", {"element_size": 4, "BLOCK_T": 8, **WARPS}, {"BLOCK_T": 16, **WARPS}
+)
 
 
 def rotary_tables(
@@ -144,12 +158,12 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _launch(
-    kernel: Any, name: str, x_BTHD: Tensor, offsets_B: Tensor | None, *args: Any, **sizes: int
+    kernel: Any, tiles: Config, x_BTHD: Tensor, offsets_B: Tensor | None, *args: Any, **sizes: int
 ) -> None:
     B, T, _, D = x_BTHD.shape
-    options = config(f"norm_rope.{name}", x_BTHD, D)
+    options = tiles.choose(x_BTHD, D)
     grid = (cdiv(B * T, options["BLOCK_T"]),)
-    options |= sizes | {"HALF": D // 2, "BLOCK_C": triton.next_power_of_2(D // 2)}
+    options |= sizes | {"HALF": D // 2, "BLOCK_C": next_power_of_2(D // 2)}
     launch(kernel, grid, *args, **options, EPS=EPS, OFFSETS=offsets_B is not None)
 
 
@@ -173,7 +187,7 @@ def triton_forward(
     tensors = x, q, k, cos.contiguous(), sin.contiguous(), offsets
     strides = x.stride()[:3]
     sizes = {"H": num_heads, "HKV": heads - num_heads}
-    _launch(forward_kernel, "forward", x, offsets_B, *tensors, scale, B * T, T, *strides, **sizes)
+    _launch(forward_kernel, FORWARD, x, offsets_B, *tensors, scale, B * T, T, *strides, **sizes)
     return q, k
 
 
@@ -199,7 +213,7 @@ def triton_backward(
     tensors = x, dq, dk, dv, dx, cos.contiguous(), sin.contiguous(), offsets
     strides = [s for t in (x, dq, dk, dv) for s in t.stride()[:3]]
     sizes = {"H": dq.shape[2], "HKV": heads - dq.shape[2], "VALUES": values}
-    _launch(backward_kernel, "backward", x, offsets_B, *tensors, scale, B * T, T, *strides, **sizes)
+    _launch(backward_kernel, BACKWARD, x, offsets_B, *tensors, scale, B * T, T, *strides, **sizes)
     return dx
 
 

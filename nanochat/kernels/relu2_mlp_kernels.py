@@ -10,19 +10,35 @@ pointwise  the product is PyTorch's, a kernel follows in place
 Names    M, N, K as in (M, K) (K, N) -> (M, N).
 """
 
-import torch
-import triton
-import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+from typing import Any
 
-from nanochat.kernels.launch import cdiv, config, launch
+import torch
+from torch import Tensor
+
+from nanochat.kernels.launch import Config, cdiv, launch
+from nanochat.kernels.optional_triton import tl, triton
 from nanochat.kernels.rms_norm import as_rows
 
 ALIGNMENT = 16  # bytes: of the base and of the row stride of a matrix that TMA moves
 # Where two persistent programs fit a multiprocessor, one multiplies while the other stores; where
 # only one does, the second half of the programs follows the first.
 PROGRAMS_PER_SM = 2
+TILE_OF_32_BITS = {
+    "element_size": 4, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8,
+    "num_warps": 8, "num_stages": 3, "origin": "not measured",
+}  # fmt: skip
+TILE = {
+    "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8,
+    "num_warps": 8, "num_stages": 3, "origin": "not measured: fits 99 KiB",
+}  # fmt: skip
+FORWARD = Config("relu2_mlp.forward", TILE_OF_32_BITS, TILE)
+BACKWARD = Config("relu2_mlp.backward", TILE_OF_32_BITS, TILE)
+TMA_FORWARD = Config("relu2_mlp.tma_forward", TILE_OF_32_BITS, TILE)
+TMA_BACKWARD = Config("relu2_mlp.tma_backward", TILE_OF_32_BITS, TILE)
+POINTWISE = Config(
+    "relu2_mlp.pointwise",
+    {"BLOCK": 4096, "num_warps": 8, "num_stages": 1, "origin": "not measured: 16 a thread"},
+)
 
 
 @triton.jit
@@ -125,7 +141,7 @@ def _pointer_product(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
     a, post = as_rows(a), None if post is None else post.contiguous()
     (M, K), N = a.shape, b.shape[1]
     c = torch.empty((M, N), dtype=a.dtype, device=a.device)
-    options = config(f"relu2_mlp.{'forward' if post is None else 'backward'}", a, K)
+    options = (FORWARD if post is None else BACKWARD).choose(a, K)
     grid = (cdiv(M, options["BLOCK_M"]) * cdiv(N, options["BLOCK_N"]),)
     launch(
         pointer_kernel, grid, a, b, post, c, M, N, K, a.stride(0), *b.stride(),
@@ -139,20 +155,25 @@ def _tma_product(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
     transposed = b.stride(0) == 1
     a, b = aligned(a), aligned(b.mT if transposed else b)
     c = aligned(torch.empty((M, N), dtype=a.dtype, device=a.device))
-    options = config(f"relu2_mlp.tma_{'forward' if post is None else 'backward'}", a, K)
+    options = (TMA_FORWARD if post is None else TMA_BACKWARD).choose(a, K)
     block_m, block_n, block_k = (options[f"BLOCK_{axis}"] for axis in "MNK")
     b_block = [block_n, block_k] if transposed else [block_k, block_n]
     c_block = [block_m, block_n // 2]
     launch(
         tma_kernel, (min(_programs(a.device), cdiv(M, block_m) * cdiv(N, block_n)),),
-        TensorDescriptor.from_tensor(a, [block_m, block_k]),
-        TensorDescriptor.from_tensor(b, b_block),
-        None if post is None else TensorDescriptor.from_tensor(aligned(post), c_block),
-        TensorDescriptor.from_tensor(c, c_block),
+        descriptor(a, [block_m, block_k]),
+        descriptor(b, b_block),
+        None if post is None else descriptor(aligned(post), c_block),
+        descriptor(c, c_block),
         M, N, K, B_TRANSPOSED=transposed, BACKWARD=post is not None, PRECISION=_precision(a),
         **options,
     )  # fmt: skip
     return c.contiguous()
+
+
+def descriptor(x: Tensor, block: list[int]) -> Any:
+    """What the TMA engine is told of a matrix."""
+    return triton.tools.tensor_descriptor.TensorDescriptor.from_tensor(x, block)
 
 
 def _precision(x: Tensor) -> str | None:
@@ -186,7 +207,7 @@ def _(a_MK: Tensor, b_KN: Tensor, post_MN: Tensor | None, tma: bool) -> Tensor:
 def relu2_(x: Tensor, post: Tensor | None) -> None:
     """In place on a contiguous x: relu(x)^2, or with post x 2 sqrt(post)."""
     assert x.is_contiguous()
-    options = config("relu2_mlp.pointwise", x, x.shape[-1])
+    options = POINTWISE.choose(x, x.shape[-1])
     grid = (cdiv(x.numel(), options["BLOCK"]),)
     aux = None if post is None else post.contiguous()
     launch(pointwise_kernel, grid, x, aux, x.numel(), BACKWARD=post is not None, **options)

@@ -65,7 +65,7 @@ def mend() -> None:
     builder: Any = interpreter.InterpreterBuilder
     if getattr(builder, "create_dot_scaled", None) is _dot_scaled:
         return
-    bfloat16.mend()  # it wraps the same conversion, and must come first
+    bfloat16.patch()  # it wraps the same conversion, and must come first
     original = builder.create_fp_to_fp
 
     def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
