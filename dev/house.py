@@ -83,11 +83,16 @@ def tables() -> str:
 
 def with_tables(text: str) -> str:
     """The document with its generated part made again."""
-    before, found, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert found, f"{DOCUMENT} lacks the comment {BEGIN}"
-    assert end, f"{DOCUMENT} lacks the comment {END}"
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+    return replace_between(text, BEGIN, END, tables())
+
+
+def replace_between(text: str, begin: str, end: str, generated: str) -> str:
+    """The text with `generated` between two marker lines."""
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    assert found_begin, f"the document lacks the comment {begin}"
+    assert found_end, f"the document lacks the comment {end}"
+    return f"{before}{begin}\n\n{generated}\n\n{end}{after}"
 
 
 def main() -> None:

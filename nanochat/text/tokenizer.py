@@ -51,7 +51,7 @@ class TiktokenTokenizer(Tokenizer):
 
     @classmethod
     def from_ranks(cls, ranks: dict[bytes, int], pattern: str) -> "TiktokenTokenizer":
-        """From the merge ranks of a byte-level BPE; the special tokens get the ids after the last rank.
+        """From the merge ranks of a byte-level BPE; special tokens get the ids after the last rank.
 
         Raises  ValueError if ranks are missing or repeated.
         """
