@@ -96,11 +96,16 @@ def tables(package: Path = PACKAGE) -> str:
 
 def with_tables(text: str, package: Path = PACKAGE) -> str:
     """A document with its generated part replaced by the tables of the package."""
-    before, found, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert found, f"{document(package)} lacks the comment {BEGIN}"
-    assert end, f"{document(package)} lacks the comment {END}"
-    return f"{before}{BEGIN}\n\n{tables(package)}\n\n{END}{after}"
+    return replace_between(text, BEGIN, END, tables(package))
+
+
+def replace_between(text: str, begin: str, end: str, generated: str) -> str:
+    """The text with `generated` between two marker lines."""
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    assert found_begin, f"the document lacks the comment {begin}"
+    assert found_end, f"the document lacks the comment {end}"
+    return f"{before}{begin}\n\n{generated}\n\n{end}{after}"
 
 
 def main() -> None:

@@ -14,14 +14,22 @@ import tyro
 
 from nanochat import configurator
 from nanochat.common import print0, setup_training
-from nanochat.eval.tasks import BASELINES, chatcore, evaluate_categorical, evaluate_generative
+from nanochat.eval.tasks import chatcore, evaluate_categorical, evaluate_generative
 from nanochat.infer.engine import Engine
 from nanochat.infer.sampling import SamplingSettings
 from nanochat.kernels.registry import format_choices, select
 from nanochat.text.tokenizer import get_tokenizer
 from nanochat.tracking import Tracker
 from nanochat.train import run
-from tasks.registry import get_task
+from tasks.registry import chatcore_baselines, evaluated_names, get_evaluated_task
+
+# --help asks for the names, so that importing this script imports no task
+TaskNames = Annotated[
+    str,
+    tyro.conf.arg(
+        aliases=["-a"], help_behavior_hint=lambda _: f"(known: {', '.join(evaluated_names())})"
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Settings:
 
     checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base, mid, sft or rl
-    task_name: Annotated[str, tyro.conf.arg(aliases=["-a"])] = ""  # names between |; empty is all
+    task_name: TaskNames = ""  # names between |; empty is the tasks of ChatCORE
     task_data: str = ""  # folder of local task files instead of the Hugging Face Hub
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # tag to look in
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.0  # of free answers
@@ -49,8 +57,8 @@ class Settings:
 def main() -> None:
     settings = configurator.load(Settings)
     source = run.source_stage(settings.source, settings.checkpoint)
-    names = settings.task_name.split("|") if settings.task_name else list(BASELINES)
-    tasks = {name: get_task(name, task_data=settings.task_data) for name in names}
+    names = settings.task_name.split("|") if settings.task_name else list(chatcore_baselines())
+    tasks = {name: get_evaluated_task(name, settings.task_data) for name in names}
     runtime = setup_training(settings.device, settings.seed)
     print0(format_choices(select(settings.kernels, runtime.device, runtime.dtype)))
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
@@ -86,7 +94,8 @@ def main() -> None:
             results.add(task_name, values | {"seconds": time.perf_counter() - started}, runtime)
         tracker.log("task", meta["step"], task=task_name, **results.tasks[task_name])
         print0(f"{task_name:14} {line(results.tasks[task_name])}")
-    score = chatcore({name: results.tasks[name]["accuracy"] for name in names})
+    accuracies = {name: results.tasks[name]["accuracy"] for name in names}
+    score = chatcore(accuracies, chatcore_baselines())
     if score is not None:
         tracker.log("chatcore", meta["step"], chatcore=score, tasks=names)
         print0(f"ChatCORE {score:.4f} over {', '.join(names)}")

@@ -30,7 +30,7 @@ from nanochat.train.policy_gradient import (
 )
 from nanochat.train.run import due
 from nanochat.train.step import set_rates, train_step
-from tasks.registry import get_task
+from tasks.registry import get_rewarded_task
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def main() -> None:
         settings.sft_checkpoint, settings.source, runtime, tokenizer
     )
     reference = copy.deepcopy(model).requires_grad_(False) if settings.kl else None
-    train_task = get_task(settings.task, "train", settings.task_data)
-    test_task = get_task(settings.task, "test", settings.task_data)
+    train_task = get_rewarded_task(settings.task, "train", settings.task_data)
+    test_task = get_rewarded_task(settings.task, "test", settings.task_data)
     examples_per_rank = share_of_step(settings.examples_per_step, runtime.world_size)
     num_iterations = settings.num_iterations
     if num_iterations == -1:

@@ -25,9 +25,7 @@ from nanochat.train import run
 from nanochat.train.run import due
 from nanochat.train.step import set_rates, train_step
 from tasks.mixtures import sft_mixture
-from tasks.registry import get_task
-
-METRIC_TASKS = ("MMLU", "ARC-Easy")
+from tasks.registry import get_evaluated_task, sft_test_names
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def main() -> None:
     val_data = sft_mixture(settings.mixture, "test", settings.task_data)
     tests = {}
     if settings.mixture == "full" and settings.eval_metrics_max_problems > 0:
-        tests = {name: get_task(name, task_data=settings.task_data) for name in METRIC_TASKS}
+        tests = {name: get_evaluated_task(name, settings.task_data) for name in sft_test_names()}
     sequence_len = model.config.sequence_len
     accumulation = scaling.accumulation_steps(
         settings.target_examples_per_step, settings.device_batch_size, 1, runtime.world_size

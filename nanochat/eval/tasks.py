@@ -4,9 +4,9 @@ A task is anything with `__len__`, `__getitem__` -> conversation, `eval_type` an
 `evaluate(conversation, answer)`, as in tasks/.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import comb
 from typing import Any, Protocol
 
 import torch
@@ -22,15 +22,6 @@ from nanochat.text.tokenizer_base import Tokenizer
 
 # waiting for each slot of the engine, so that a long answer does not leave the other slots idle
 REQUESTS_A_SLOT = 16
-# accuracy of guessing: four choices, or none
-BASELINES = {
-    "ARC-Easy": 0.25,
-    "ARC-Challenge": 0.25,
-    "MMLU": 0.25,
-    "GSM8K": 0.0,
-    "HumanEval": 0.0,
-    "SpellingBee": 0.0,
-}
 
 
 class Task(Protocol):
@@ -173,12 +164,16 @@ def _letter_token(tokenizer: Tokenizer, letter: str) -> int:
     return ids[0]
 
 
-def chatcore(accuracies: Mapping[str, float]) -> float | None:
-    """Mean over all six tasks of (accuracy - guessing) / (1 - guessing); None if one is missing."""
-    if set(accuracies) != set(BASELINES):
+def chatcore(accuracies: Mapping[str, float], guessing: Mapping[str, float]) -> float | None:
+    """Mean over the tasks of (accuracy - guessing) / (1 - guessing); None unless the
+    tasks are exactly those of ChatCORE.
+
+    guessing  accuracy of a model that knows nothing, for each task of ChatCORE.
+    """
+    if set(accuracies) != set(guessing):
         return None
-    centred = [(accuracies[name] - b) / (1 - b) for name, b in BASELINES.items()]
-    return sum(centred) / len(centred)
+    centered = [(accuracies[name] - base) / (1 - base) for name, base in guessing.items()]
+    return math.fsum(centered) / len(centered)
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
@@ -192,4 +187,4 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
             f"pass@{k} of {num_right} right among {num_samples} samples: k must be 1 to "
             f"{num_samples}; sample more with --num_samples"
         )
-    return 1 - comb(num_samples - num_right, k) / comb(num_samples, k)
+    return 1 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
