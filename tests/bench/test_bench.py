@@ -325,6 +325,7 @@ class TestRows:
 
 
 class TestReport:
+    @pytest.mark.long
     def test_tables_plots_and_what_is_missing(self, tmp_path: Path) -> None:
         config = {"rms_norm.forward 768": {"BLOCK_ROWS": 4, "num_warps": 8}}
         step = row(
@@ -496,6 +497,7 @@ class TestTrainStep:
         assert session.out is not None
         assert {r["contender"] for r in load(session.out / "train_step.json")} == set(rows)
 
+    @pytest.mark.long
     def test_micro_batches_halve_until_they_fit(
         self, session: Session, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -112,6 +112,7 @@ def naive(model: GPT, example: Any, by_loss: bool) -> bool:
     return losses.index(min(losses)) == example.gold
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_fewshot", [0, 3])
 def test_shared_prefixes_change_no_answer(

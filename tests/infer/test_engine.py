@@ -64,6 +64,7 @@ def attend(request: pytest.FixtureRequest) -> Iterator[None]:
     attention.use(before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 def test_greedy_tokens_are_the_models_own(
     tokenizer: RustBPETokenizer, n_kv_head: int, attend: None
@@ -77,6 +78,7 @@ def test_greedy_tokens_are_the_models_own(
     assert [engine.complete([request])[0].tokens for request in requests] == want
 
 
+@pytest.mark.long
 def test_200_answers_do_not_depend_on_their_company(
     model: GPT, tokenizer: RustBPETokenizer
 ) -> None:

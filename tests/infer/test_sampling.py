@@ -37,6 +37,7 @@ def expected(logits: list[float], temperature: float, top_k: int | None, top_p: 
     return [weights[i] / mass if i in kept else 0.0 for i in range(len(logits))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
     [

@@ -10,6 +10,8 @@ import pytest
 
 from nanochat.kernels.registry import operations
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:

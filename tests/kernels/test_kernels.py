@@ -98,6 +98,7 @@ def rms(x: torch.Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("op", "name", "device"), ON_DEVICES)
@@ -134,6 +135,7 @@ def spread(x: torch.Tensor) -> torch.Tensor:
     return torch.stack((x, x), dim=-1)[..., 0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("op", "name"), TRITON_CASES, ids=ids(TRITON_CASES))
 def test_gradients_may_have_any_strides(op: Op, name: str) -> None:
     for args in op.examples(HERE, torch.float32):
@@ -176,6 +178,7 @@ class CustomOpCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("op", "name"), TRITON_CASES, ids=ids(TRITON_CASES))
 def test_custom_operations_keep_their_contracts(op: Op, name: str) -> None:
     args = next(iter(op.examples(HERE, torch.float32)))
@@ -186,6 +189,7 @@ def test_custom_operations_keep_their_contracts(op: Op, name: str) -> None:
         torch.library.opcheck(func, arguments)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("op", "name"), TRITON_CASES, ids=ids(TRITON_CASES))
 def test_triton_traces_without_a_graph_break(op: Op, name: str) -> None:
     args = next(iter(op.examples(HERE, torch.float32)))

@@ -13,6 +13,8 @@ from nanochat.kernels.newton_schulz import (
     triton_symmetric,
 )
 
+pytestmark = pytest.mark.long
+
 CPU = torch.device("cpu")
 
 

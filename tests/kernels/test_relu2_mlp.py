@@ -121,6 +121,7 @@ def misaligned(x: torch.Tensor) -> torch.Tensor:
     return memory.as_strided((rows, width), (width + 3, 1), 1).copy_(x)
 
 
+@pytest.mark.long
 @EVERY_WAY
 @pytest.mark.parametrize(("M", "K", "N"), [(1, 1, 1), (129, 65, 130), (300, 33, 140), (64, 64, 64)])
 def test_products_cover_every_tile(how: str, M: int, K: int, N: int) -> None:

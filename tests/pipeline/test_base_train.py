@@ -19,6 +19,8 @@ import torch
 from nanochat.text.tokenizer import RustBPETokenizer
 from tests.support.runs import rows_of_tokens, run_here, sentences, write_shard
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 WORDS = (
     "the",

@@ -17,6 +17,8 @@ import torch
 
 from nanochat.text.tokenizer import RustBPETokenizer
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 WORDS = ("the", "letter", "count", "spell", "word", "user", "answer", "how", "many", "is", "in")
 COMMON = ("--device=cpu", "--device_batch_size=2", "--num_iterations=6", "--save_every=2")

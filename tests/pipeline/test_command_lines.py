@@ -32,6 +32,8 @@ from tests.support.runs import (
     write_shard,
 )
 
+pytestmark = pytest.mark.long
+
 SMALL = " ".join((*TINY, "--num_iterations=2"))
 SMALL_LOSS = "--device=cpu --device_batch_size=2 --split_tokens=128"
 TOKENS = f"--vocab_size={VOCAB_SIZE}"

@@ -26,6 +26,8 @@ from tests.support.runs import (
     run_here,
 )
 
+pytestmark = pytest.mark.long
+
 GOLDEN = ROOT / "tests" / "pipeline" / "golden" / "d2_20_steps.json"
 COMMAND = "python -m scripts.base_train --num_iterations=20 --grad_clip=1.0 --keep_last=0"
 THREE_ROWS = f"--total_batch_size={3 * ROWS * SEQUENCE_LEN}"

@@ -24,6 +24,8 @@ from nanochat.profiler.throughput import Meter
 from nanochat.train import run
 from tests.support.runs import ROOT, TINY, make_base_dir, records, run_here
 
+pytestmark = pytest.mark.long
+
 PACKAGES = ("nanochat", "scripts", "tasks", "bench", "experiments", "dev")
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.runs import ROOT, VOCAB_SIZE, rows_of_tokens, write_shard
 
+pytestmark = pytest.mark.long
+
 CONFIGS = {
     "tok_train": f"vocab_size = {VOCAB_SIZE}\n",
     "tok_eval": "",

@@ -227,6 +227,7 @@ def test_the_same_step_again_replaces_it(tmp_path):
 CALLS = ["fsync", "rename", "replace", "unlink", "symlink", "mkdir", "rmdir"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("again", [False, True], ids=["next step", "same step"])
 def test_a_kill_before_any_system_call_leaves_whole_steps(tmp_path, monkeypatch, again):
     """SIGKILL before the n-th call that changes the disk, for every n of one save."""
