@@ -263,7 +263,10 @@ def _flash_needs(name: str) -> Callable[[torch.device, torch.dtype], str]:
     return functools.partial(needs_package, FLASH_MODULES[name])
 
 
-attention = Op("attention", reference, cost, examples, workload)
+attention = Op(
+    "attention", reference, cost, examples, workload,
+    summary="PyTorch's kernels and the flash-attention packages, where installed: no score matrix",
+)  # fmt: skip
 attention.add("flex", flex, needs_cuda, only_windows)
 attention.add("varlen", varlen, needs_cuda, only_windows)
 attention.add("fa2", _flash_call("fa2"), _flash_needs("fa2"), only_windows)

@@ -212,6 +212,10 @@ def recomputes(device: torch.device, dtype: torch.dtype) -> str:
     return "computes the logits twice; ask for it where memory is short"
 
 
-linear_cross_entropy = Op("linear_cross_entropy", reference, cost, examples, workload)
+linear_cross_entropy = Op(
+    "linear_cross_entropy", reference, cost, examples, workload,
+    summary="logits exist for a chunk of rows only; `triton` computes dx and dW in the forward "
+    "pass, `triton_min_memory` computes the logits twice",
+)  # fmt: skip
 linear_cross_entropy.add("triton_min_memory", triton_min_memory, needs_triton, recomputes)
 linear_cross_entropy.add("triton", triton_chunked, needs_triton, worth_compiling)

@@ -209,11 +209,13 @@ def cost(
     return Cost(steps * L * (4 * m * m * n + 2 * m**3), steps * 2 * 2 * G_LMN.numel())
 
 
-def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Coefficients]]:
+def examples(
+    device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Coefficients, torch.dtype]]:
     """One small square, odd wide and tall stacks, more tiles than one, strided matrices."""
     for shape in ((1, 4, 4), (3, 5, 17), (2, 40, 24), (1, 150, 310)):
-        yield torch.randn(shape, device=device, dtype=dtype), MUON_COEFFICIENTS
-    yield torch.randn(3, 20, 50, device=device, dtype=dtype).mT, POLAR_EXPRESS_COEFFICIENTS
+        yield torch.randn(shape, device=device, dtype=dtype), MUON_COEFFICIENTS, dtype
+    yield torch.randn(3, 20, 50, device=device, dtype=dtype).mT, POLAR_EXPRESS_COEFFICIENTS, dtype
 
 
 def workload(
@@ -229,6 +231,9 @@ def other_rounding(device: torch.device, dtype: torch.dtype) -> str:
     return "rounds otherwise than the definition, in float16"
 
 
-newton_schulz = Op("newton_schulz", reference, cost, examples, workload)
-newton_schulz.add("triton_gram", triton_gram, needs_triton, other_rounding)
+newton_schulz = Op(
+    "newton_schulz", reference, cost, examples, workload,
+    summary="lower triangles of symmetric products only; `triton_gram` steps on X X^T in float16",
+)  # fmt: skip
+newton_schulz.add("triton_gram", triton_gram, needs_triton, other_rounding, error=4.0)
 newton_schulz.add("triton", triton_symmetric, needs_triton, worth_compiling)

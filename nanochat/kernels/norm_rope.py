@@ -279,5 +279,8 @@ def workload(w: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Any
     return x_BTHD, *rotary_tables(length, HEAD_DIM, 10_000.0, device)
 
 
-norm_rope = Op("norm_rope", reference, cost, examples, workload)
+norm_rope = Op(
+    "norm_rope", reference, cost, examples, workload,
+    summary="rotation and norm in one pass each way; backward rotates again instead of saving",
+)  # fmt: skip
 norm_rope.add("triton", triton_norm_rope, needs_triton, worth_compiling)

@@ -10,7 +10,15 @@ was. Nothing ever calls such a function: `launch.needs_triton` refuses it first,
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["MISSING", "TritonError", "installed", "is_interpreting", "tl", "triton"]
+__all__ = [
+    "MISSING",
+    "TritonError",
+    "compile_refusal",
+    "installed",
+    "is_interpreting",
+    "tl",
+    "triton",
+]
 
 MISSING = "triton is not installed: no wheel for this platform"
 
@@ -56,3 +64,13 @@ TritonError: type[Exception] = triton.errors.TritonError if installed else Runti
 def is_interpreting() -> bool:
     """Whether kernels defined now run in Triton's interpreter (TRITON_INTERPRET=1)."""
     return installed and bool(triton.knobs.runtime.interpret)
+
+
+def compile_refusal(device_type: str) -> str:
+    """Reason why torch.compile cannot work on "cuda", "cpu" or "mps", or "".
+
+    It generates Triton for GPUs and C++ for everything else.
+    """
+    if installed or device_type != "cuda":
+        return ""
+    return f"torch.compile generates Triton code for GPUs, and {MISSING}"

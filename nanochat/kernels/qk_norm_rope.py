@@ -105,5 +105,9 @@ def workload(w: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Any
     return qkv_BTE, cos, sin, w.heads, w.num_kv_heads
 
 
-qk_norm_rope = Op("qk_norm_rope", reference, cost, examples, workload)
+qk_norm_rope = Op(
+    "qk_norm_rope", reference, cost, examples, workload,
+    summary="reads the packed QKV product in place, writes what attention reads; backward writes "
+    "one packed gradient",
+)  # fmt: skip
 qk_norm_rope.add("triton", triton_qk_norm_rope, needs_triton, worth_compiling)

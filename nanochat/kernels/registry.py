@@ -58,12 +58,15 @@ class Implementation:
 
     needs  (device, dtype) -> "" if it can run there, otherwise the reason it cannot.
     auto   (device, dtype) -> "" if `--kernels=auto` may choose it, otherwise the reason against it.
+    error  its error may be this many times that of the reference in the same dtype, both against
+           float64; 2 leaves room for another order of sums.
     """
 
     name: str
     call: Callable[..., Any]
     needs: Needs
     auto: Needs = runs_everywhere
+    error: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Op:
     """An operation: call it like a function; `select` decides what runs.
 
     reference  differentiable PyTorch; the oracle in float64, and the implementation of last resort.
-    summary    what the fast implementations save, in a few words; for the table in docs/kernels.md.
+    summary    what the fast implementations save, in a few words: a cell of docs/kernels.md.
     cost       same arguments as the call -> Cost.
     examples   device, dtype -> argument tuples: edge shapes (the first is tiny), then real ones.
     workload   Workload, device, dtype -> the arguments of the call inside a model.
@@ -118,9 +121,10 @@ class Op:
         call: Callable[..., Any],
         needs: Needs = runs_everywhere,
         auto: Needs = runs_everywhere,
+        error: float = 2.0,
     ) -> None:
         """Register an implementation; among the usable ones `auto` takes the one added last."""
-        self.implementations[name] = Implementation(name, call, needs, auto)
+        self.implementations[name] = Implementation(name, call, needs, auto, error)
 
     def triton_names(self) -> list[str]:
         """Names of the implementations in Triton, which all begin with that word."""

@@ -117,7 +117,11 @@ def workload(
     )
 
 
-relu2_mlp = Op("relu2_mlp", reference, cost, examples, workload)
+relu2_mlp = Op(
+    "relu2_mlp", reference, cost, examples, workload,
+    summary="keeps one tensor of 4 D a token instead of two or three; `triton` and `triton_tma` "
+    "apply the activation inside the matrix products",
+)  # fmt: skip
 for name, call in (
     ("triton_pointwise", triton_pointwise),
     ("triton_tma", triton_tma),

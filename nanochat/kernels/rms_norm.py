@@ -236,7 +236,12 @@ def add_workload(w: Workload, device: torch.device, dtype: torch.dtype) -> tuple
     return x, torch.randn_like(x)
 
 
-rms_norm = Op("rms_norm", reference, cost, examples, workload)
+rms_norm = Op(
+    "rms_norm", reference, cost, examples, workload, summary="one pass over memory each way"
+)
 rms_norm.add("triton", triton_rms_norm, needs_triton, worth_compiling)
-add_rms_norm = Op("add_rms_norm", add_reference, add_cost, add_examples, add_workload)
+add_rms_norm = Op(
+    "add_rms_norm", add_reference, add_cost, add_examples, add_workload,
+    summary="the addition before the norm in the same pass, and both gradients at once",
+)  # fmt: skip
 add_rms_norm.add("triton", triton_add_rms_norm, needs_triton, worth_compiling)
