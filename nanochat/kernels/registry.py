@@ -121,11 +121,17 @@ def select(spec: str, device: torch.device, dtype: torch.dtype) -> list[Choice]:
     return choices
 
 
-def format_choices(choices: list[Choice]) -> str:
-    """The table printed at start: operation, implementation, why, and what was refused."""
+def format_choices(choices: list[Choice], verbose: bool = False) -> str:
+    """The table printed at start: operation and implementation, a short line each.
+
+    verbose  also why, and what was refused for which reason.
+    """
     width = max(len(choice.op) for choice in choices)
     lines = []
     for choice in choices:
+        if not verbose:
+            lines.append(f"  {choice.op:{width}}  {choice.implementation}")
+            continue
         refused = "".join(f"; not {name}: {why}" for name, why in choice.refused.items())
         lines.append(f"  {choice.op:{width}}  {choice.implementation:10}  {choice.reason}{refused}")
     return "kernels\n" + "\n".join(lines)

@@ -7,7 +7,6 @@ it is asked for, with a module precision.py that has
     accept_weights(model, description) -> None       before the weights of a quantized checkpoint
 """
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from nanochat.common import Runtime
 from nanochat.gpt import GPT
+from nanochat.settings import near_miss
 
 PLAIN = "plain"
 OPTION = "mx_"  # how settings begin that only an experiment takes
@@ -87,10 +87,8 @@ def _names() -> list[str]:
 def _experiment(name: str) -> ModuleType:
     names = _names()
     if name not in names:
-        near = difflib.get_close_matches(name, [PLAIN, *names], n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"precision {name!r} is unknown; {hint}known: {', '.join([PLAIN, *names])}; all but "
-            f"{PLAIN} are folders of {EXPERIMENTS}/ in a checkout"
+            f"precision {name!r} is unknown{near_miss(name, [PLAIN, *names])}; all but {PLAIN} "
+            f"are folders of {EXPERIMENTS}/ in a checkout"
         )
     return importlib.import_module(f"{EXPERIMENTS}.{name}.precision")
