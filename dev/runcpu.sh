@@ -8,7 +8,7 @@
 #     bash dev/runcpu.sh configs/my_small       config files of one's own
 #
 # Running it again after Ctrl-C loses nothing: what is finished is skipped. Everything lives under
-# NANOCHAT_BASE_DIR (~/.cache/nanochat); remove its runs/ folder to do every stage anew.
+# NANOCHAT_BASE_DIR (~/.cache/nanochat); remove its runs/ folder to do every stage again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 name=dev/runcpu.sh

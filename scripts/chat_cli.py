@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from nanochat import configurator
+from nanochat import command, configurator, stages
 from nanochat.common import print0, setup_training
 from nanochat.infer.engine import Engine
 from nanochat.infer.requests import Request
@@ -18,6 +18,7 @@ from nanochat.infer.sampling import SamplingSettings
 from nanochat.kernels.registry import select
 from nanochat.serve.answer import AnswerReader
 from nanochat.serve.prompt import fit_prompt
+from nanochat.settings import Choices, Count, CountOrZero, Device, NonNegative, Range, Seed
 from nanochat.text.tokenizer import get_tokenizer
 from nanochat.train import run
 
@@ -29,16 +30,16 @@ class Settings:
     """Chat in the terminal."""
 
     checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base, mid, sft or rl
+    source: Annotated[str, Choices(stages.sources), tyro.conf.arg(aliases=["-i"])] = "sft"  # stage
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""  # answer this and leave
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # tag to look in
-    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6  # 0 is the likeliest
-    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # likeliest tokens; 0 is all
-    top_p: float = 1.0  # share of the probability to sample from; 1 is all
-    max_tokens: int = 256  # longest answer
-    seed: int = 42  # of the answers
+    temperature: Annotated[NonNegative, tyro.conf.arg(aliases=["-t"])] = 0.6  # 0 is the likeliest
+    top_k: Annotated[CountOrZero, tyro.conf.arg(aliases=["-k"])] = 50  # likeliest tokens; 0 is all
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0  # probability kept; 1 is all
+    max_tokens: Count = 256  # longest answer
+    seed: Seed = 42  # of the answers
     tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
-    device: str = "auto"  # auto, cuda, mps or cpu
+    device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
     kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
 
 
@@ -125,4 +126,4 @@ def show(kind: str, piece: str, shown: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -6,18 +6,19 @@ torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -i mid -a "GSM8K|S
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from nanochat import configurator
-from nanochat.common import print0, setup_training
+from nanochat import command, configurator, stages
+from nanochat.common import print0, replace_file, setup_training
 from nanochat.eval.tasks import chatcore, evaluate_categorical, evaluate_generative
 from nanochat.infer.engine import Engine
 from nanochat.infer.sampling import SamplingSettings
 from nanochat.kernels.registry import format_choices, select
+from nanochat.settings import Choices, Count, CountOrZero, Device, NonNegative, Seed
 from nanochat.text.tokenizer import get_tokenizer
 from nanochat.tracking import Tracker
 from nanochat.train import run
@@ -37,38 +38,41 @@ class Settings:
     """Evaluate a chat model; tasks that were evaluated before with these settings are kept."""
 
     checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base, mid, sft or rl
+    source: Annotated[str, Choices(stages.sources), tyro.conf.arg(aliases=["-i"])] = "sft"  # stage
     task_name: TaskNames = ""  # names between |; empty is the tasks of ChatCORE
     task_data: str = ""  # folder of local task files instead of the Hugging Face Hub
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # tag to look in
-    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.0  # of free answers
-    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # likeliest tokens; 0 is all
-    num_samples: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1  # answers to each problem
-    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512  # longest answer
-    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 8  # problems of one forward pass
-    max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"])] = 0  # of each task; 0 is all
+    temperature: Annotated[NonNegative, tyro.conf.arg(aliases=["-t"])] = 0.0  # of free answers
+    top_k: Annotated[CountOrZero, tyro.conf.arg(aliases=["-k"])] = 50  # likeliest tokens; 0 is all
+    num_samples: Annotated[Count, tyro.conf.arg(aliases=["-n"])] = 1  # answers to each problem
+    max_new_tokens: Annotated[Count, tyro.conf.arg(aliases=["-m"])] = 512  # longest answer
+    batch_size: Annotated[Count, tyro.conf.arg(aliases=["-b"])] = 8  # problems of one forward pass
+    max_problems: Annotated[CountOrZero, tyro.conf.arg(aliases=["-x"])] = 0  # of each; 0 is all
     fresh: bool = False  # evaluate again what was evaluated before
     tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
-    device: str = "auto"  # auto, cuda, mps or cpu
+    device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
     kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
-    seed: int = 42  # of sampled answers
+    verbose: bool = False  # print why each operation runs as it does
+    seed: Seed = 42  # of sampled answers
 
 
 def main() -> None:
     settings = configurator.load(Settings)
-    source = run.source_stage(settings.source, settings.checkpoint)
+    stage = stages.of_checkpoint(settings.source, settings.checkpoint)
+    settings = replace(settings, source=stage.source)  # what the records say is what is evaluated
     names = settings.task_name.split("|") if settings.task_name else list(chatcore_baselines())
     tasks = {name: get_evaluated_task(name, settings.task_data) for name in names}
     runtime = setup_training(settings.device, settings.seed)
-    print0(format_choices(select(settings.kernels, runtime.device, runtime.dtype)))
+    kernels = select(settings.kernels, runtime.device, runtime.dtype)
+    print0(format_choices(kernels, settings.verbose))
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
     model, meta, path = run.load_pretrained(
-        settings.checkpoint, source, runtime, tokenizer, settings.model_tag
+        settings.checkpoint, stage.name, runtime, tokenizer, settings.model_tag
     )
     model.eval()
     engine = Engine(model, tokenizer, num_slots=settings.batch_size * settings.num_samples)
     sampling = SamplingSettings(settings.temperature, settings.top_k, seed=settings.seed)
-    name = f"chat_eval_{source.removeprefix('chat')}"
+    name = stage.chat_evaluation
     tracker = Tracker(path.parent, runtime, name, settings, header={"checkpoint": str(path)})
     weights = meta["files"]["model.pt"]["sha256"]
     results = Results(runtime.base_dir / "chat_eval", path, settings, weights)
@@ -118,7 +122,7 @@ class Results:
     def __init__(self, folder: Path, checkpoint: Path, settings: Settings, weights: str) -> None:
         stage_name, tag, step = checkpoint.parts[-3:]
         self.path = folder / f"{stage_name.removesuffix('_checkpoints')}_{tag}_{step}.json"
-        ignored = ("task_name", "fresh", "batch_size", "device", "kernels", "checkpoint")
+        ignored = ("task_name", "fresh", "batch_size", "device", "kernels", "verbose", "checkpoint")
         self.key = {k: v for k, v in asdict(settings).items() if k not in ignored}
         self.key["weights"] = weights
         self.tasks: dict[str, dict[str, Any]] = {}
@@ -131,12 +135,9 @@ class Results:
         """Keep one task's result; the file is replaced as a whole."""
         self.tasks[name] = values
         if runtime.is_main:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".tmp")
             text = json.dumps({"settings": self.key, "tasks": self.tasks}, indent=1)
-            temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(self.path)
+            replace_file(self.path, text + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

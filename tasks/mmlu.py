@@ -21,7 +21,7 @@ A sample problem of the same form:
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanochat.configurator import near_miss
+from nanochat.settings import near_miss
 from nanochat.text.chat_format import Conversation
 from tasks.common import Task, multiple_choice
 from tasks.registry import TaskEntry

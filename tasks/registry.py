@@ -15,10 +15,10 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tasks
-from nanochat.configurator import near_miss
+from nanochat.settings import near_miss
 from tasks.common import Task
 from tasks.sources import Source
 
@@ -92,7 +92,7 @@ def get_task(
     Raises     ValueError for an unknown name or split, or missing files.
     """
     entry = find_entry(name)
-    build: Callable[..., Task] = entry.task  # subclasses take more than Task itself
+    build = cast(Callable[..., Task], entry.task)  # subclasses take more than Task itself
     return build(*entry.arguments, split, task_data or "", **options)
 
 

@@ -21,7 +21,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nanochat.common import get_base_dir
+from nanochat.common import get_base_dir, replace_file
 from nanochat.text.tokenizer_base import (
     NUM_BYTES,
     SPECIAL_TOKENS,
@@ -29,7 +29,6 @@ from nanochat.text.tokenizer_base import (
     Affix,
     Tokenizer,
     check_vocab_size,
-    write_text,
 )
 from rustbpe import Tokenizer as RustTokenizer
 
@@ -102,7 +101,7 @@ class TiktokenTokenizer(Tokenizer):
             "special_tokens": SPECIAL_TOKENS,
             "tokens": [base64.b64encode(token).decode("ascii") for token in by_rank],
         }
-        write_text(Path(directory) / RANKS_FILE, json.dumps(stored, indent=0))
+        replace_file(Path(directory) / RANKS_FILE, json.dumps(stored, indent=0))
 
     def get_vocab_size(self) -> int:
         """Tokens and special tokens."""
@@ -270,7 +269,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def save(self, directory: Path | str) -> None:
         """Write tokenizer.json, in one step."""
-        write_text(Path(directory) / HUGGING_FACE_FILE, self.tokenizer.to_str())
+        replace_file(Path(directory) / HUGGING_FACE_FILE, self.tokenizer.to_str())
 
     def get_vocab_size(self) -> int:
         return self.tokenizer.get_vocab_size()

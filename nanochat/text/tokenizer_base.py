@@ -1,7 +1,6 @@
 """What all tokenizers have in common: special tokens, split pattern, affixes, conversations."""
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import overload
@@ -139,14 +138,3 @@ class Tokenizer(ABC):
         if value is None:
             return []
         return [value if isinstance(value, int) else self.encode_special(value)]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: readers see the old contents or the new ones, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -13,7 +13,6 @@ through the two functions above. Without the folder everything plain still works
 tests/test_architecture.py holds both sides to it.
 """
 
-import difflib
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, Protocol
 
 from nanochat.common import Runtime
 from nanochat.gpt import GPT
+from nanochat.settings import near_miss
 
 PLAIN = "plain"
 OPTION = "mx_"  # how settings begin that only an experiment takes
@@ -99,10 +99,8 @@ def _names() -> list[str]:
 def _experiment(name: str) -> ModuleType:
     names = _names()
     if name not in names:
-        near = difflib.get_close_matches(name, [PLAIN, *names], n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"precision {name!r} is unknown; {hint}known: {', '.join([PLAIN, *names])}; all but "
-            f"{PLAIN} are folders of {EXPERIMENTS}/ in a checkout"
+            f"precision {name!r} is unknown{near_miss(name, [PLAIN, *names])}; all but {PLAIN} "
+            f"are folders of {EXPERIMENTS}/ in a checkout"
         )
     return importlib.import_module(f"{EXPERIMENTS}.{name}.precision")

@@ -260,5 +260,5 @@ def test_two_ranks_learn_what_one_learns(sft: World) -> None:
 
 def test_a_checkpoint_of_another_stage_is_refused(mid: World) -> None:
     wrong = f"--mid_checkpoint={mid.base_dir / 'base_checkpoints' / 'd2' / '000006'}"
-    output = mid.run("chat_sft", *SFT, wrong, "--model_tag=wrong", code=1)
+    output = mid.run("chat_sft", *SFT, wrong, "--model_tag=wrong", code=2)
     assert "is of stage base, not mid" in output

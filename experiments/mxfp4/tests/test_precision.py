@@ -162,7 +162,7 @@ def test_nanochat_works_without_the_folder(monkeypatch: pytest.MonkeyPatch) -> N
     plain.begin_step(3)
     assert plain.record == {"name": "plain"}
     precision.accept_weights(model, {"settings": {}})
-    with pytest.raises(ValueError, match="precision 'mxfp4' is unknown; known: plain"):
+    with pytest.raises(ValueError, match="precision 'mxfp4' is unknown; known are plain"):
         precision.prepare("mxfp4", model, cpu, {})
 
 
