@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from nanochat.common import Runtime, setup_training
 from nanochat.eval.core import (
+    Example,
     batches,
     centred,
     evaluate_task,
@@ -134,6 +135,17 @@ def test_shared_prefixes_change_no_answer(
     assert [score_examples(model, [example], by_loss)[0] for example in examples] == want
     if by_loss:
         assert 0 < sum(want) < len(want)
+
+
+def test_the_worked_example(model: GPT) -> None:
+    """The one in the docstring of score_examples: three tokens are shared, the fourth predicts."""
+    rows = [[256, 7, 8, 9, 4, 5], [256, 7, 8, 9, 6]]
+    examples = [Example(rows, [4, 4], [6, 5], gold) for gold in (0, 1)]
+    assert examples[0].num_shared == 3
+    with torch.no_grad():
+        want = [naive(model, example, True) for example in examples]
+    assert sorted(want) == [False, True]
+    assert score_examples(model, examples, by_loss=True) == want
 
 
 def test_likeliest_tokens_are_right(tmp_path: Path, tokenizer: Any, model: GPT) -> None:
