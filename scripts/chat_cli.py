@@ -11,16 +11,14 @@ from typing import Annotated, Any
 import tyro
 
 from nanochat import command, configurator, stages
-from nanochat.common import print0, setup_training
+from nanochat.common import print0
 from nanochat.infer.engine import Engine
 from nanochat.infer.requests import Request
 from nanochat.infer.sampling import SamplingSettings
-from nanochat.kernels.registry import select
 from nanochat.serve.answer import AnswerReader
+from nanochat.serve.chat_model import load_chat_model
 from nanochat.serve.prompt import fit_prompt
 from nanochat.settings import Choices, Count, CountOrZero, Device, NonNegative, Range, Seed
-from nanochat.text.tokenizer import get_tokenizer
-from nanochat.train import run
 
 HELP = "/clear forgets the conversation, /help prints this, /quit or Ctrl-D leaves"
 
@@ -41,32 +39,32 @@ class Settings:
     tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
     device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
     kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
+    verbose: bool = False  # print which kernels run, and why
 
 
 def main() -> None:
     settings = configurator.load(Settings)
-    source = run.source_stage(settings.source, settings.checkpoint)
-    runtime = setup_training(settings.device, settings.seed)
-    select(settings.kernels, runtime.device, runtime.dtype)
-    tokenizer = get_tokenizer(settings.tokenizer_dir or None)
-    model, _, _ = run.load_pretrained(
-        settings.checkpoint, source, runtime, tokenizer, settings.model_tag
-    )
-    engine = Engine(model, tokenizer, num_slots=1)
-    messages: list[dict[str, Any]] = []
+    chat = load_chat_model(settings, settings.seed, print_kernels=settings.verbose)
+    engine = chat.engine(num_slots=1)
     if settings.prompt:
         answer(engine, [{"role": "user", "content": settings.prompt}], settings)
-        runtime.close()
-        return
+    else:
+        converse(engine, settings)
+    chat.runtime.close()
+
+
+def converse(engine: Engine, settings: Settings) -> None:
+    """Read questions and print answers until the user leaves."""
+    messages: list[dict[str, Any]] = []
     print0(HELP)
     while True:
         try:
             text = input("\nuser: ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
-            break
+            return
         if text in ("/quit", "/exit", "quit", "exit"):
-            break
+            return
         if text in ("/clear", "clear"):
             messages.clear()
             print("cleared")
@@ -78,15 +76,15 @@ def main() -> None:
             try:
                 content = answer(engine, messages, settings)
             except ValueError as error:
+                # too long for the context: say so and forget it, the conversation continues
                 print(error)
                 messages.pop()
                 continue
             messages.append({"role": "assistant", "content": content})
-    runtime.close()
 
 
 def answer(engine: Engine, messages: list[dict[str, Any]], settings: Settings) -> Any:
-    """Print the answer to the last message as it comes; its content. Ctrl-C ends it early.
+    """Print the answer to the last message as it is generated; return its content. Ctrl-C stops it.
 
     Raises  ValueError if the last message is too long for the context.
     """
@@ -94,7 +92,8 @@ def answer(engine: Engine, messages: list[dict[str, Any]], settings: Settings) -
     fitted = fit_prompt(engine.tokenizer, messages, room)
     if fitted.num_dropped:
         print(f"[{fitted.num_dropped} old messages left out] ", end="")
-    # every turn draws other numbers, the same ones in every run
+    # the length of the conversation selects the random numbers: other ones in every turn, the same
+    # ones in every run
     sampling = SamplingSettings(
         settings.temperature, settings.top_k, settings.top_p, settings.seed, len(messages)
     )
@@ -114,7 +113,10 @@ def answer(engine: Engine, messages: list[dict[str, Any]], settings: Settings) -
 
 
 def show(kind: str, piece: str, shown: str) -> str:
-    """Print a piece, framed where it is the tool's; the kind that was printed last."""
+    """Print a piece of an answer, tool calls as [2*3 = 6]; return the kind printed last.
+
+    shown  the kind printed before this piece
+    """
     if not piece:
         return shown
     frames = {"text": "", "python": " [", "python_output": " = "}

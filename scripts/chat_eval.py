@@ -6,22 +6,19 @@ torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -i mid -a "GSM8K|S
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from nanochat import command, configurator, stages
-from nanochat.common import print0, replace_file, setup_training
+from nanochat.common import print0, replace_file
 from nanochat.eval.tasks import chatcore, evaluate_categorical, evaluate_generative
-from nanochat.infer.engine import Engine
 from nanochat.infer.sampling import SamplingSettings
-from nanochat.kernels.registry import format_choices, select
+from nanochat.serve.chat_model import ChatModel, load_chat_model
 from nanochat.settings import Choices, Count, CountOrZero, Device, NonNegative, Seed
-from nanochat.text.tokenizer import get_tokenizer
 from nanochat.tracking import Tracker
-from nanochat.train import run
 from tasks.registry import chatcore_baselines, evaluated_names, get_evaluated_task
 
 # --help asks for the names, so that importing this script imports no task
@@ -58,24 +55,20 @@ class Settings:
 
 def main() -> None:
     settings = configurator.load(Settings)
-    stage = stages.of_checkpoint(settings.source, settings.checkpoint)
-    settings = replace(settings, source=stage.source)  # what the records say is what is evaluated
     names = settings.task_name.split("|") if settings.task_name else list(chatcore_baselines())
     tasks = {name: get_evaluated_task(name, settings.task_data) for name in names}
-    runtime = setup_training(settings.device, settings.seed)
-    kernels = select(settings.kernels, runtime.device, runtime.dtype)
-    print0(format_choices(kernels, settings.verbose))
-    tokenizer = get_tokenizer(settings.tokenizer_dir or None)
-    model, meta, path = run.load_pretrained(
-        settings.checkpoint, stage.name, runtime, tokenizer, settings.model_tag
-    )
-    model.eval()
-    engine = Engine(model, tokenizer, num_slots=settings.batch_size * settings.num_samples)
+    chat = load_chat_model(settings, settings.seed)
+    runtime, tokenizer, model, meta = chat.runtime, chat.tokenizer, chat.model, chat.meta
+    engine = chat.engine(num_slots=settings.batch_size * settings.num_samples)
     sampling = SamplingSettings(settings.temperature, settings.top_k, seed=settings.seed)
-    name = stage.chat_evaluation
-    tracker = Tracker(path.parent, runtime, name, settings, header={"checkpoint": str(path)})
-    weights = meta["files"]["model.pt"]["sha256"]
-    results = Results(runtime.base_dir / "chat_eval", path, settings, weights)
+    tracker = Tracker(
+        chat.path.parent,
+        runtime,
+        chat.stage.chat_evaluation,
+        settings,
+        header={"checkpoint": str(chat.path)},
+    )
+    results = Results(runtime.base_dir / "chat_eval", chat, settings)
     for task_name, task in tasks.items():
         if task_name not in results.tasks:
             started = time.perf_counter()
@@ -117,14 +110,17 @@ def line(values: dict[str, Any]) -> str:
 
 
 class Results:
-    """What these settings and weights gave before: a JSON file that grows by tasks."""
+    """Results with the same settings and weights, kept in a JSON file that grows task by task."""
 
-    def __init__(self, folder: Path, checkpoint: Path, settings: Settings, weights: str) -> None:
-        stage_name, tag, step = checkpoint.parts[-3:]
+    def __init__(self, folder: Path, chat: ChatModel, settings: Settings) -> None:
+        stage_name, tag, step = chat.path.parts[-3:]
         self.path = folder / f"{stage_name.removesuffix('_checkpoints')}_{tag}_{step}.json"
+        # settings that do not change a result
         ignored = ("task_name", "fresh", "batch_size", "device", "kernels", "verbose", "checkpoint")
         self.key = {k: v for k, v in asdict(settings).items() if k not in ignored}
-        self.key["weights"] = weights
+        # --source is only a default: a checkpoint's path can name another stage
+        self.key["source"] = chat.stage.source
+        self.key["weights"] = chat.meta["files"]["model.pt"]["sha256"]
         self.tasks: dict[str, dict[str, Any]] = {}
         if self.path.is_file() and not settings.fresh:
             saved = json.loads(self.path.read_text(encoding="utf-8"))
@@ -132,7 +128,7 @@ class Results:
                 self.tasks = saved["tasks"]
 
     def add(self, name: str, values: dict[str, Any], runtime: Any) -> None:
-        """Keep one task's result; the file is replaced as a whole."""
+        """Keep one task's result; the file is replaced atomically."""
         self.tasks[name] = values
         if runtime.is_main:
             text = json.dumps({"settings": self.key, "tasks": self.tasks}, indent=1)

@@ -1,4 +1,4 @@
-"""Serve a chat model: a page at http://127.0.0.1:8000/ and an API behind it.
+"""Serve a chat model: a page at http://127.0.0.1:8000/ and the API that it uses.
 
 python -m scripts.chat_web --checkpoint=chatsft_checkpoints/latest.pt
 """
@@ -10,13 +10,10 @@ import tyro
 import uvicorn
 
 from nanochat import command, configurator, stages
-from nanochat.common import print0, setup_training
-from nanochat.infer.engine import Engine
-from nanochat.kernels.registry import format_choices, select
+from nanochat.common import print0
+from nanochat.serve.chat_model import load_chat_model
 from nanochat.serve.server import Defaults, create_app
 from nanochat.settings import Choices, Count, CountOrZero, Device, NonNegative, Range
-from nanochat.text.tokenizer import get_tokenizer
-from nanochat.train import run
 
 
 @dataclass(frozen=True)
@@ -40,26 +37,18 @@ class Settings:
 
 def main() -> None:
     settings = configurator.load(Settings)
-    source = run.source_stage(settings.source, settings.checkpoint)
-    runtime = setup_training(settings.device)
-    kernels = select(settings.kernels, runtime.device, runtime.dtype)
-    print0(format_choices(kernels, settings.verbose))
-    tokenizer = get_tokenizer(settings.tokenizer_dir or None)
-    model, _, _ = run.load_pretrained(
-        settings.checkpoint, source, runtime, tokenizer, settings.model_tag
-    )
-    engine = Engine(model, tokenizer, settings.num_slots)
+    chat = load_chat_model(settings)
     defaults = Defaults(
         temperature=settings.temperature, top_k=settings.top_k, max_tokens=settings.max_tokens
     )
     print0(f"nanochat: http://{settings.host}:{settings.port}/")
     uvicorn.run(
-        create_app(engine, defaults),
+        create_app(chat.engine(settings.num_slots), defaults),
         host=settings.host,
         port=settings.port,
         log_level="warning",
     )
-    runtime.close()
+    chat.runtime.close()
 
 
 if __name__ == "__main__":

@@ -92,8 +92,8 @@ def get_task(
     Raises     ValueError for an unknown name or split, or missing files.
     """
     entry = find_entry(name)
-    build = cast(Callable[..., Task], entry.task)  # subclasses take more than Task itself
-    return build(*entry.arguments, split, task_data or "", **options)
+    make = cast(Callable[..., Task], entry.task)  # subclasses take more than Task itself
+    return make(*entry.arguments, split, task_data or "", **options)
 
 
 def get_evaluated_task(name: str, task_data: Path | str | None = None) -> Task:

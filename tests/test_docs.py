@@ -1,5 +1,6 @@
 """The documents say what is so: the tree, the commands, the settings, the links."""
 
+import doctest
 import re
 import shlex
 import subprocess
@@ -127,3 +128,35 @@ def test_links_lead_somewhere(name):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", read(name)):
         if "://" not in target:
             assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}"
+
+
+def test_named_files_exist():
+    """Every path in backticks that begins with one of our folders."""
+    folders = "nanochat|scripts|tasks|bench|dev|docs|tests|configs|experiments|rustbpe"
+    missing = [
+        f"{name} names {path}"
+        for name in DOCUMENTS
+        if name != "CHANGELOG.md"  # tells what was there once
+        for path in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", read(name))
+        if not (ROOT / path).exists()
+    ]
+    assert not missing, "\n".join(missing)
+
+
+def python_sessions() -> list[str]:
+    """Documents with Python sessions, `>>>` and the output."""
+    return [name for name in DOCUMENTS if any(">>>" in b for b in fenced(name, "python"))]
+
+
+def test_there_are_sessions():
+    walks = {"docs/from_shard_to_loss.md", "docs/from_prompt_to_answer.md"}
+    assert walks <= set(python_sessions())
+
+
+@pytest.mark.parametrize("name", python_sessions())
+def test_python_sessions_print_what_they_show(name, monkeypatch):
+    """The blocks of a document, one after the other in one namespace."""
+    monkeypatch.chdir(ROOT)
+    session = "\n".join(block for block in fenced(name, "python") if ">>>" in block)
+    test = doctest.DocTestParser().get_doctest(session, {}, name, name, 0)
+    assert not doctest.DocTestRunner().run(test).failed

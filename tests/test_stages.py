@@ -9,7 +9,7 @@ import pytest
 from nanochat import report, stages
 from nanochat.configurator import load
 from nanochat.stages import Stage
-from nanochat.train import checkpoint_read, run
+from nanochat.train import checkpoint_read
 from scripts import chat_cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,8 +54,8 @@ def test_the_overview_names_every_stage():
 def test_a_planted_stage_is_found_everywhere(monkeypatch, tmp_path):
     monkeypatch.setattr(stages, "STAGES", [*stages.STAGES, PLANTED])
     assert checkpoint_read.stage_dir(tmp_path, "chatdpo") == tmp_path / "chatdpo_checkpoints"
-    assert run.source_stage("dpo", "") == "chatdpo"
-    assert run.source_stage("sft", "chatdpo_checkpoints/d4/000002") == "chatdpo"
+    assert stages.of_checkpoint("dpo", "").name == "chatdpo"
+    assert stages.of_checkpoint("sft", "chatdpo_checkpoints/d4/000002").name == "chatdpo"
     assert load(chat_cli.Settings, ["--source=dpo"]).source == "dpo"
     rows = stages.shell_rows()
     assert rows[-1] == "chatdpo chat_dpo chatdpo_checkpoints sft_checkpoint - chat_eval_dpo -"
@@ -71,7 +71,7 @@ def test_without_the_row_nothing_knows_it(tmp_path):
     with pytest.raises(ValueError, match="stage 'chatdpo' is unknown; choose base, mid"):
         checkpoint_read.stage_dir(tmp_path, "chatdpo")
     with pytest.raises(ValueError, match="source 'dpo' is unknown"):
-        run.source_stage("dpo", "")
+        stages.of_checkpoint("dpo", "")
     with pytest.raises(SystemExit):
         load(chat_cli.Settings, ["--source=dpo"])
 

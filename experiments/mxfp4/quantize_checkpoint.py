@@ -16,7 +16,7 @@ from experiments.mxfp4.layers.convert import kept_layers, linear_layers
 from experiments.mxfp4.layers.quantized import FORMAT, quantized_state
 from experiments.mxfp4.numbers import reference
 from experiments.mxfp4.numbers.formats import FORMATS, SCALE_MODES, Quantizer
-from nanochat import configurator
+from nanochat import configurator, stages
 from nanochat.common import print0, setup_training
 from nanochat.gpt import GPT
 from nanochat.text.tokenizer import get_tokenizer
@@ -61,7 +61,7 @@ def main() -> None:
     quantizer = Quantizer(FORMAT, settings.scale_mode)
     keep = [part.strip() for part in settings.keep.split(",") if part.strip()]
     runtime = setup_training("cpu")
-    source = run.source_stage(settings.source, settings.checkpoint)
+    source = stages.of_checkpoint(settings.source, settings.checkpoint).name
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
     model, meta, path = run.load_pretrained(
         settings.checkpoint, source, runtime, tokenizer, settings.model_tag

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nanochat import hardware, scaling, stages
+from nanochat import hardware, scaling
 from nanochat.common import Runtime, print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels.registry import Choice
@@ -66,14 +66,6 @@ def load_pretrained(
     model.load_state_dict(checkpoint_read.load_model_state(path, runtime.device))
     print0(f"loaded {path}")
     return model, meta, path
-
-
-def source_stage(source: str, checkpoint: str) -> str:
-    """The stage that `checkpoint` is of by its path, or else the one called `source`.
-
-    Raises  ValueError for an unknown source.
-    """
-    return stages.of_checkpoint(source, checkpoint).name
 
 
 def device_peaks(runtime: Runtime) -> Peaks:

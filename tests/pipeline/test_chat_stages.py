@@ -209,7 +209,12 @@ def test_chat_models_are_evaluated_once(rl: World) -> None:
     assert "of 3, 0 too long" in evaluate("--checkpoint=chatsft_checkpoints/latest.pt")
     assert result.stat().st_mtime_ns == written
     assert "of 3, 0 too long" in evaluate("-i", "rl")
-    assert len(list((rl.base_dir / "chat_eval").glob("*.json"))) == 2
+    # the stage of the checkpoint is recorded, also where only its path tells
+    assert "of 3, 0 too long" in evaluate("--checkpoint=mid_checkpoints/latest.pt")
+    files = (rl.base_dir / "chat_eval").glob("*.json")
+    sources = {path.name: json.loads(path.read_text())["settings"]["source"] for path in files}
+    assert sorted(sources.values()) == ["mid", "rl", "sft"]
+    assert all(name.removeprefix("chat").startswith(stage) for name, stage in sources.items())
     saved = json.loads(result.read_text())
     saved["settings"]["weights"] = "of another model of the same name and step"
     result.write_text(json.dumps(saved))
