@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A chat model of depth 32 from nothing on eight GPUs, as speedrun.sh trains one of depth 20.
+# A chat model of depth 32 from scratch on eight GPUs, the way speedrun.sh trains one of depth 20.
 #
 #     bash run1000.sh                           configs/run1000
 #     bash run1000.sh --with=chat_rl            and reinforcement learning on GSM8K

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A chat model of depth 20 from nothing on eight GPUs: tokenizer, base training on 11.2 billion
+# A chat model of depth 20 from scratch on eight GPUs: tokenizer, base training on 11.2 billion
 # tokens, mid-training, fine-tuning, evaluations after each, report.
 #
 #     bash speedrun.sh                          configs/speedrun
@@ -7,7 +7,7 @@
 #     bash speedrun.sh --skip=base_eval         without a stage
 #     NPROC_PER_NODE=1 bash speedrun.sh         one GPU, the same batches
 #
-# Running it again after an interruption goes on where it stopped. Everything lives under
+# Run it again after an interruption and it continues where it stopped. Everything lives under
 # NANOCHAT_BASE_DIR (~/.cache/nanochat).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains on two GPUs with a config file; what it prints also goes to logs/.
+# Pretrains on two GPUs with a config file; the output also goes to logs/.
 #
 #     bash train_dual_gpu.sh                                       config_dual_gpu.py
 #     bash train_dual_gpu.sh configs/dual_gpu/stable_26gb.py
@@ -14,7 +14,7 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     shift
 fi
 if [ ! -f "$config" ]; then
-    echo "train_dual_gpu: no config file '$config'; there are:" config_dual_gpu.py configs/dual_gpu/*.py >&2
+    echo "train_dual_gpu: no config file '$config'; available:" config_dual_gpu.py configs/dual_gpu/*.py >&2
     exit 2
 fi
 
@@ -22,6 +22,6 @@ export PATH="$PWD/.venv/bin:$PATH"
 mkdir -p logs
 log="logs/train_dual_gpu_$(date +%Y%m%d_%H%M%S).log"
 echo "train_dual_gpu: $config, log in $log"
-# tee -i outlives Ctrl-C, so that the lines of the last checkpoint reach the log
+# tee -i survives Ctrl-C, so the lines about the last checkpoint still reach the log
 torchrun --standalone --nproc_per_node="${NPROC_PER_NODE:-2}" \
     -m scripts.base_train "$config" "$@" 2>&1 | tee -i "$log"

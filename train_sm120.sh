@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains on every SM120 GPU of this machine (RTX 5090, RTX PRO 6000); the log goes to logs/.
+# Pretrains on every SM120 GPU of this machine (RTX 5090, RTX PRO 6000); the output also goes to logs/.
 #
 #     bash train_sm120.sh                                  configs/dual_gpu/d20_32gb.py
 #     bash train_sm120.sh configs/dual_gpu/d20_96gb.py --kernels=reference
@@ -13,7 +13,7 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     shift
 fi
 if [ ! -f "$config" ]; then
-    echo "train_sm120: no config file '$config'; there are:" config_dual_gpu.py configs/dual_gpu/*.py >&2
+    echo "train_sm120: no config file '$config'; available:" config_dual_gpu.py configs/dual_gpu/*.py >&2
     exit 2
 fi
 
@@ -34,6 +34,6 @@ PYTHON
 mkdir -p logs
 log="logs/train_sm120_$(date +%Y%m%d_%H%M%S).log"
 echo "train_sm120: $config on ${NPROC_PER_NODE:-$gpus} GPUs, log in $log"
-# tee -i outlives Ctrl-C, so that the lines of the last checkpoint reach the log
+# tee -i survives Ctrl-C, so the lines about the last checkpoint still reach the log
 torchrun --standalone --nproc_per_node="${NPROC_PER_NODE:-$gpus}" \
     -m scripts.base_train "$config" "$@" 2>&1 | tee -i "$log"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The whole pipeline on the CPU, from nothing and without any download of data: install, corpus,
-# tokenizer, base training, mid-training, fine-tuning, reinforcement learning, evaluations after
+# The whole pipeline on the CPU, from scratch and without downloading any data: install, corpus,
+# tokenizer, base training, mid-training, fine-tuning, reinforcement learning, an evaluation after
 # each, report, one answer.
 #
 #     bash dev/runcpu.sh                        configs/cpu_small
 #     bash dev/runcpu.sh --skip=chat_rl         without a stage
-#     bash dev/runcpu.sh configs/my_small       config files of one's own
+#     bash dev/runcpu.sh configs/my_small       your own config files
 #
-# Running it again after Ctrl-C loses nothing: what is finished is skipped. Everything lives under
-# NANOCHAT_BASE_DIR (~/.cache/nanochat); remove its runs/ folder to do every stage again.
+# Run it again after Ctrl-C and nothing is lost: finished stages are skipped. Everything lives under
+# NANOCHAT_BASE_DIR (~/.cache/nanochat); remove its runs/ folder to repeat every stage.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 name=dev/runcpu.sh

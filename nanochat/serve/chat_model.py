@@ -60,8 +60,8 @@ def load_chat_model(
     """Load the model that the settings name, ready for inference.
 
     print_kernels  print which implementation of each operation was chosen.
-    Raises         ValueError for an unknown source, kernel or device, or a checkpoint that is missing
-                   or does not fit.
+    Raises         ValueError for an unknown source, kernel or device, or a checkpoint that is
+                   missing or does not fit.
     """
     stage = stages.of_checkpoint(settings.source, settings.checkpoint)
     runtime = setup_training(settings.device, seed)

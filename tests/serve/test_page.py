@@ -1,7 +1,7 @@
 """The chat's page in a browser: typing, streaming, tools, stop, regenerate, parameters, errors.
 
-Needs Playwright and a Chromium of its own (`playwright install chromium`), or of somebody else's:
---chromium=http://127.0.0.1:9222 names the debugging address of one that runs.
+Needs `uv sync --extra page` and a Chromium: `playwright install chromium`, or one that is running,
+by its debugging address: --chromium=http://127.0.0.1:9222.
 """
 
 import socket
@@ -20,7 +20,9 @@ from nanochat.infer.engine import Engine
 from nanochat.serve.server import Defaults, create_app
 from nanochat.text.tokenizer import RustBPETokenizer
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="needs Playwright: uv sync --extra page"
+)
 
 CONTEXT = 256
 STEP_SECONDS = 0.02  # of the model: an answer can be watched, and stopped
@@ -83,7 +85,7 @@ def browser(request: pytest.FixtureRequest) -> Iterator[Any]:
         except playwright.Error as error:
             if running:  # asked for: it must be there
                 raise
-            pytest.skip(f"needs Chromium: {str(error).splitlines()[0]}")
+            pytest.skip(f"needs `playwright install chromium`: {str(error).splitlines()[0]}")
         yield browser
         if not running:
             browser.close()
