@@ -50,10 +50,9 @@ fn place<'m>(line: &'m str, is_v2: bool, path: &str) -> Option<(&'m str, PathBuf
     let (mount, filesystem) = line.split_once(" - ")?;
     let mut mount = mount.split(' ').skip(3);
     let (mount_root, mount_point) = (mount.next()?, mount.next()?);
-    let mut filesystem = filesystem.split(' ');
-    let is_wanted = match filesystem.next()? {
+    let is_wanted = match filesystem.split(' ').next()? {
         "cgroup2" => is_v2,
-        "cgroup" => !is_v2 && filesystem.nth(1).is_some_and(has_cpu),
+        "cgroup" => !is_v2, // only the one of the cpu controller has the files
         _ => false,
     };
     // The mount of a container may begin at the container's group, which `path` then repeats. If it
@@ -136,8 +135,8 @@ mod tests {
             ("sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us", "50000\n"), // 3.2
             ("sys/fs/cgroup/cpu,cpuacct/a/b/cpu.cfs_quota_us", "-1\n"),
             ("sys/fs/cgroup/cpu,cpuacct/a/b/cpu.cfs_period_us", "100000\n"),
-            ("sys/fs/cgroup/cpuset/set/cpu.cfs_quota_us", "100000\n"),
-            ("sys/fs/cgroup/cpuset/set/cpu.cfs_period_us", "100000\n"),
+            ("sys/fs/cgroup/cpu,cpuacct/set/cpu.cfs_quota_us", "100000\n"),
+            ("sys/fs/cgroup/cpu,cpuacct/set/cpu.cfs_period_us", "100000\n"),
         ];
         assert_eq!(quota("v1", group, V1, &files), Some(4));
         assert_eq!(quota("v1-none", group, V1, &files[..2]), None);
@@ -150,6 +149,7 @@ mod tests {
             [("sys/fs/cgroup/cpu.max", "50000 100000"), ("sys/fs/cgroup/in/cpu.max", "0 0")];
         assert_eq!(quota("bound", "0::/docker/3f\n", &mount, &files), Some(1));
         assert_eq!(quota("inner", "0::/docker/3f/in\n", &mount, &files), Some(1));
+        assert_eq!(quota("other-root", "0::/docker/4a\n", &mount, &files), Some(1));
         assert_eq!(quota("elsewhere", "0::/../../x\n", &mount, &files), Some(1));
         assert_eq!(quota("outside", "0::/../x\n", V2, &files), Some(1));
     }
