@@ -7,8 +7,8 @@ import numpy.typing as npt
 __version__: str
 
 def default_num_threads() -> int:
-    """The processors that this process may use: its CPU affinity, limited by the quota of its cgroup
-    and of those around it (of a container, say), rounded up.
+    """Processors this process may use: its CPU affinity, limited by the quota of its cgroup and of
+    the enclosing ones (a container's, say), rounded up.
     """
 @final
 class Tokenizer:
