@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dev import house, scripts_reference
+from dev import house, kernel_table, scripts_reference
 from nanochat import configurator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,6 +90,11 @@ def test_documented_command(command):
 def test_project_structure_is_fresh():
     text = read("docs/project_structure.md")
     assert text == house.with_tables(text), "run python -m dev.house --write"
+
+
+def test_kernel_table_is_fresh():
+    text = read("docs/kernels.md")
+    assert text == kernel_table.with_table(text), "run python -m dev.kernel_table --write"
 
 
 def test_scripts_reference_is_fresh():
