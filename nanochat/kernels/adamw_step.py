@@ -7,6 +7,9 @@ Shapes  weight, gradient, exp_avg, exp_avg_sq: one shape, any, contiguous.
 Dtypes  float32, as the optimizer keeps them.
 Saves   nothing: an optimizer's operation, not differentiated.
 Cost    28 bytes an element; operation by operation it is about 80.
+Tiles   The head of d12, 65,536 x 768, is 50 million elements or 49,152 blocks of 1024. A program
+        reads 4 KiB each of w, g, m and v, and writes w, m and v: 1.4 GB in all, where the
+        operations of the reference move about 4 GB.
 Source  arXiv:1711.05101, algorithm 2; torch.optim.AdamW, operation by operation.
 """
 
@@ -59,14 +62,17 @@ def step_kernel(
     weight_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, size,
     beta1, beta2, eps, decay, rate, root_scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # the tensors are contiguous and of one shape, so one offset serves all four
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     w = tl.load(weight_ptr + at, mask=mask, other=0.0)
     g = tl.load(gradient_ptr + at, mask=mask, other=0.0)
     m = tl.load(exp_avg_ptr + at, mask=mask, other=0.0)
     v = tl.load(exp_avg_sq_ptr + at, mask=mask, other=0.0)
+    # moments; g - m before the product, as torch.lerp does, so that a constant g gives m = g
     m += (1.0 - beta1) * (g - m)
     v = beta2 * v + (1.0 - beta2) * g * g
+    # bias corrections and decay are numbers of the whole step: the host put them into three factors
     w = w * decay - rate * m / (tl.sqrt(v) * root_scale + eps)
     tl.store(weight_ptr + at, w, mask=mask)
     tl.store(exp_avg_ptr + at, m, mask=mask)

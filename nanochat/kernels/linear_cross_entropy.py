@@ -76,7 +76,7 @@ def _checked(
     vocab_size: int | None,
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor, float, int, float]:
-    """Rows of x, weight, targets in a row, softcap, vocab_size, z_loss; ValueError if one is wrong.
+    """The arguments, x as rows and targets as one; ValueError if one is wrong.
 
     A kernel would read past the end of what is too short.
     """
@@ -208,7 +208,7 @@ def workload(w: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Ten
 
 
 def recomputes(device: torch.device, dtype: torch.dtype) -> str:
-    """Reason against the form that recomputes unasked."""
+    """Reason why `auto` does not choose the form that recomputes."""
     return "computes the logits twice; ask for it where memory is short"
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from nanochat.kernels import norm_rope
 from nanochat.kernels.launch import needs_triton, worth_compiling
-from nanochat.kernels.norm_rope import rotary_tables, triton_backward, triton_forward
+from nanochat.kernels.norm_rope import rotary_tables
+from nanochat.kernels.norm_rope_kernels import triton_backward, triton_forward
 from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.workloads import HEAD_DIM, Workload
 

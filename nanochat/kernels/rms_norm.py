@@ -9,6 +9,9 @@ Shapes  x, d, y: (..., D), normalised over D.
 Dtypes  float32, bfloat16, float16; statistics in float32.
 Saves   x alone (x' when added): the backward pass reads the whole row and finds r again.
 Cost    rms_norm reads and writes 2 D elements a row; add_rms_norm 4 D, forward as backward.
+Tiles   65,536 tokens of d12, D = 768, bfloat16: BLOCK_ROWS = 4 rows of BLOCK_D = 1024 channels (the
+        next power of 2, 256 of them masked) make 16,384 programs. Each reads its 6 KiB once, sums
+        squares along the rows in registers, and writes 6 KiB.
 Source  B. Zhang and R. Sennrich, arXiv:1910.07467.
 """
 
@@ -74,16 +77,19 @@ def forward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    # a tile of whole rows: BLOCK_ROWS x BLOCK_D, int64 because row * stride may pass 2^31
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
     mask = (row < rows) & (column < D)
     x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    # the residual addition while x is in registers: it saves writing and reading x' once more
     if ADD:
         delta = tl.load(delta_ptr + row * delta_stride + column, mask=mask, other=0.0)
         # rounded as it is stored: y is the norm of the x' that the next block reads
         rounded = (x + delta.to(tl.float32)).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * D + column, rounded, mask=mask)
         x = rounded.to(tl.float32)
+    # masked channels were loaded as 0 and add nothing: the mean is over the true D
     rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + EPS)
     tl.store(y_ptr + row * D + column, (x * rstd).to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -107,9 +113,12 @@ def backward_kernel(
     mask = (row < rows) & (column < D)
     x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + row * D + column, mask=mask, other=0.0).to(tl.float32)
+    # r again from x: one more reduction, but nothing saved by the forward pass
     rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + EPS)
     normed = x * rstd
+    # the part of dy along y changes the length of the row only, which the norm takes out again
     dx = rstd * (dy - normed * (tl.sum(dy * normed, axis=1, keep_dims=True) / D))
+    # x' also goes on to the next block, which sends its own gradient back
     if ADD:
         dx += tl.load(dsum_ptr + row * D + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(dx_ptr + row * D + column, dx.to(dx_ptr.dtype.element_ty), mask=mask)
