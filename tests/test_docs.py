@@ -3,16 +3,17 @@ offender."""
 
 import contextlib
 import doctest
+import importlib
 import io
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
-from dev import house, scripts_reference
+from dev import scripts_reference
 from nanochat import configurator, scaling
 from nanochat.kernels.registry import operations
 from tests.support.runs import ROOT, run_here
@@ -220,12 +221,40 @@ def test_the_chinese_readme_has_the_same_parts() -> None:
         assert chinese[part] == english[part], f"README.zh-CN.md differs in its {part}"
 
 
-def test_generated_pages_are_fresh() -> None:
-    structure = read("docs/project_structure.md")
-    assert structure == house.with_tables(structure), "run python -m dev.house --write"
-    assert read("docs/scripts_reference.md") == scripts_reference.reference(), (
-        "run python -m dev.scripts_reference --write"
-    )
+def generators() -> dict[str, Callable[[str], str]]:
+    """The modules of dev/ that write a part of a document, each with its function text -> text."""
+    found = {}
+    for name in sorted(path.stem for path in (ROOT / "dev").glob("*.py")):
+        module = importlib.import_module(f"dev.{name}")
+        if hasattr(module, "DOCUMENT"):
+            found[name] = next(f for n, f in vars(module).items() if n.startswith("with_table"))
+    return found
+
+
+def test_generated_parts_are_fresh() -> None:
+    found = generators()
+    assert "house" in found
+    offenders = []
+    for name, with_table in found.items():
+        text = importlib.import_module(f"dev.{name}").DOCUMENT.read_text(encoding="utf-8")
+        if text != with_table(text):
+            offenders.append(f"run python -m dev.{name} --write")
+    if read("docs/scripts_reference.md") != scripts_reference.reference():
+        offenders.append("run python -m dev.scripts_reference --write")
+    assert not offenders, "\n".join(offenders)
+
+
+def test_python_sessions_print_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks with `>>>`: those of a document run one after the other in one namespace."""
+    monkeypatch.chdir(ROOT)
+    offenders = []
+    for name in DOCUMENTS:
+        session = "\n".join(block for block in fenced(read(name), "python") if ">>>" in block)
+        said: list[str] = []
+        test = doctest.DocTestParser().get_doctest(session, {}, name, name, 0)
+        if doctest.DocTestRunner().run(test, out=said.append).failed:
+            offenders.append("".join(said))
+    assert not offenders, "\n".join(offenders)
 
 
 def test_every_setting_has_a_comment() -> None:
