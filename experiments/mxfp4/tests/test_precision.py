@@ -175,7 +175,7 @@ from experiments.mxfp4.layers.recipes import RECIPES
 cuda = torch.device("cuda")
 for target in sys.argv[1:]:
     with (mock.patch.object(torch.cuda, "is_available", lambda: True),
-          mock.patch.object(native, "target_of", lambda device: target)):
+          mock.patch.object(native, "architecture_of", lambda device: target)):
         try:
             print(target, require_native_products(RECIPES["mx8f_mx4b"], cuda))
         except native.NotNativeError as error:
