@@ -25,7 +25,7 @@ GAUSSIAN_SCALE = 2.92247856 / E2M1_MAX  # of least squared error for Gaussian el
 SMALLEST = 1e-8
 
 
-def quest(x: Tensor) -> tuple[Tensor, Tensor]:
+def quest_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantized values of hadamard(x), float32, and the mask of those that were not clipped."""
     blocks = hadamard(x).unflatten(-1, (-1, HADAMARD))
     std = blocks.var(dim=-1, correction=0, keepdim=True).sqrt()
@@ -46,8 +46,8 @@ class QuartetLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, seed, signs, spec, training):
-        x_values, x_mask = quest(x)
-        w_values, w_mask = quest(weight)
+        x_values, x_mask = quest_quantize(x)
+        w_values, w_mask = quest_quantize(weight)
         if training:
             ctx.save_for_backward(x_values, x_mask, w_values, w_mask, seed, signs)
             ctx.spec = spec
@@ -60,8 +60,8 @@ class QuartetLinear(torch.autograd.Function):
 
         # The operands are those of the forward pass: already quantized, and transformed.
         def quantized(x: Tensor, rows: Any, columns: Any, operand: int) -> Any:
-            sides = (q and OperandSpec(q, signs) for q in (rows, columns))
-            return backend.quantize(x, *sides, seed, stream + operand)
+            specs = (q and OperandSpec(q, signs) for q in (rows, columns))
+            return backend.quantize(x, *specs, seed, stream + operand)
 
         _, x_columns = quantized(x_values, None, recipe.wgrad.b, 0)
         _, w_columns = quantized(w_values, None, recipe.dgrad.b, 1)

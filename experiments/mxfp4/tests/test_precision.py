@@ -14,7 +14,9 @@ import torch.multiprocessing as mp
 from experiments.mxfp4.kernels.ptx import NotNativeError
 from experiments.mxfp4.layers.convert import convert
 from experiments.mxfp4.layers.recipes import RECIPES
+from nanochat import report
 from nanochat.common import Runtime
+from nanochat.tracking import METRICS_FILE
 from nanochat.train import precision, run
 from tests.support.runs import ROOT, SEQUENCE_LEN, TINY, losses, make_base_dir, records, run_here
 
@@ -114,6 +116,17 @@ def test_what_a_run_records(whole: Path) -> None:
     own = 2 * 4 * width * width * depth
     total = 6 * (depth * 12 * width**2 + vocabulary * width) + 6 * depth * width * SEQUENCE_LEN
     assert rows["mlp.c_fc", "wgrad"]["share"] == pytest.approx(own / total)
+
+
+def test_the_report_gives_no_speed_of_emulated_products(whole: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "base_checkpoints" / "whole"
+    alone.mkdir(parents=True)
+    (alone / METRICS_FILE).write_text((whole / METRICS_FILE).read_text())
+    report.main(["generate", f"--base_dir={tmp_path}"])
+    text = (tmp_path / "report/report.md").read_text()
+    assert "| tokens/s, median, emulated: no speed |" in text
+    assert "share of the measured GEMM" not in text
+    assert "MFU" not in text
 
 
 def test_what_a_run_prints(base: Path) -> None:
