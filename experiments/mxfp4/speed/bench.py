@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor, nn
 
 from experiments.mxfp4.kernels.gemm import matmul
@@ -33,6 +32,7 @@ from experiments.mxfp4.layers.step_randomness import StepRandomness
 from experiments.mxfp4.numbers import reference
 from experiments.mxfp4.numbers.formats import FORMATS, Quantizer, ScaledTensor
 from experiments.mxfp4.speed import forecast
+from nanochat.kernels.optional_triton import triton
 from nanochat.tracking import environment, jsonable
 
 DEPTHS = (8, 12, 20)
