@@ -275,22 +275,3 @@ def test_the_kernel_table_of_the_front_page_is_complete() -> None:
         wanted = {op.name, *op.implementations} - {"reference"}
         offenders += [f"README.md lacks {name} of {op.name}" for name in sorted(wanted - {*row})]
     assert not offenders, "\n".join(offenders)
-
-
-def python_sessions() -> list[str]:
-    """Documents with Python sessions, `>>>` and the output."""
-    return [name for name in DOCUMENTS if any(">>>" in b for b in fenced(read(name), "python"))]
-
-
-def test_there_are_sessions():
-    walks = {"docs/from_shard_to_loss.md", "docs/from_prompt_to_answer.md"}
-    assert walks <= set(python_sessions())
-
-
-@pytest.mark.parametrize("name", python_sessions())
-def test_python_sessions_print_what_they_show(name, monkeypatch):
-    """The blocks of a document, one after the other in one namespace."""
-    monkeypatch.chdir(ROOT)
-    session = "\n".join(block for block in fenced(read(name), "python") if ">>>" in block)
-    test = doctest.DocTestParser().get_doctest(session, {}, name, name, 0)
-    assert not doctest.DocTestRunner().run(test).failed

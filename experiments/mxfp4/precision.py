@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-import triton
-
 from experiments.mxfp4.layers import coverage
 from experiments.mxfp4.layers.convert import convert
 from experiments.mxfp4.layers.quantized import accept_quantized
 from experiments.mxfp4.layers.recipes import DEFAULT, find_recipe
 from nanochat.common import Runtime, print0
 from nanochat.gpt import GPT
+from nanochat.kernels.optional_triton import installed, triton
 
 OPTIONS = ("mx_recipe", "mx_backend", "mx_keep")
 
@@ -38,7 +37,7 @@ class MXPrecision:
             "signs": recipe.signs,
             "stochastic": "Philox4x32-10" if recipe.stochastic else None,
             "instructions": self.conversion.instructions,
-            "triton": triton.__version__,
+            "triton": triton.__version__ if installed else None,
             **coverage.record(self.conversion.rows),
         }
         print0(f"precision mxfp4, recipe {recipe.name}, backend {backend}")

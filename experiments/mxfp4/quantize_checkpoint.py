@@ -3,9 +3,9 @@
     python -m experiments.mxfp4.quantize_checkpoint --checkpoint=chatsft_checkpoints/latest.pt
     python -m scripts.chat_cli --checkpoint=mxfp4/chatsft_checkpoints/latest.pt
 
-The copy lies in <base dir>/mxfp4/<stage>_checkpoints/<tag>/<step>, apart from what training looks
-for. Embedding and head stay, in bfloat16. Every command that loads checkpoints to evaluate or chat
-takes the copy; training from it is an error.
+The copy goes to <base dir>/mxfp4/<stage>_checkpoints/<tag>/<step>, out of the way of training.
+Embedding and head stay in bfloat16. Every command that loads a checkpoint to evaluate or chat takes
+the copy; training from it is an error.
 """
 
 from dataclasses import asdict, dataclass
@@ -79,8 +79,8 @@ def main() -> None:
         "relative_error": error,
         "made_of": str(path),
     }
-    written_anew = ("files", "environment", "world_size")
-    kept_meta = {name: value for name, value in meta.items() if name not in written_anew}
+    rewritten = ("files", "environment", "world_size")
+    kept_meta = {name: value for name, value in meta.items() if name not in rewritten}
     target = checkpoint_write.save(
         checkpoint_read.stage_dir(runtime.base_dir / FOLDER, source),
         meta["tag"],

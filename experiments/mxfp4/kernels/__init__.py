@@ -1,7 +1,5 @@
 """Triton kernels of block-scaled numbers: quantizers and matrix products.
 
-    launch        tile sizes of each GPU, and which conversions its PTX has
-    interpreter   block-scaled products and 8-bit floats in Triton's interpreter
     blocks        device functions that quantize a tile in registers and store it
     quantize      a matrix quantized along its rows, its columns, or both in one pass
     ptx           the matrix instructions of a compiled kernel; refuses what is not block-scaled

@@ -7,16 +7,15 @@ flag, lets one fall back silently.
 import torch
 
 from experiments.mxfp4.kernels.gemm import matmul
-from experiments.mxfp4.kernels.launch import target_of
 from experiments.mxfp4.kernels.ptx import NotNativeError, require_block_scale
 from experiments.mxfp4.numbers.formats import FORMATS, ScaledTensor
 from experiments.mxfp4.numbers.layout import swizzled_shape
-from nanochat.kernels.launch import Launch, recording
+from nanochat.kernels.launch import Launch, architecture_of, recording
 
 WIDTH = 768  # of the d12 model
 
 
-def example(fmt: str, target: str) -> Launch:
+def example_launch(fmt: str, target: str) -> Launch:
     """The launch of a product in format `fmt` on `target`."""
     codes = torch.empty((128, WIDTH * FORMATS[fmt].element_bits // 8), dtype=torch.uint8)
     scales = torch.empty(swizzled_shape(128, WIDTH // FORMATS[fmt].block), dtype=torch.uint8)
@@ -39,8 +38,8 @@ def require_native(fmt: str, target: str | None = None) -> str:
     if target is None:
         if not torch.cuda.is_available():
             raise NotNativeError(f"{fmt} products need a GPU, and there is none; name a target")
-        target = target_of(torch.device("cuda"))
-    return require_block_scale(example(fmt, target), fmt, target)
+        target = architecture_of(torch.device("cuda"))
+    return require_block_scale(example_launch(fmt, target), fmt, target)
 
 
 def is_native(fmt: str, target: str | None = None) -> bool:

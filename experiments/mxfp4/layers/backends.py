@@ -21,8 +21,11 @@ from experiments.mxfp4.numbers.randomness import hadamard
 
 
 @dataclass(frozen=True)
-class Side:
-    """How one orientation of a matrix is quantized; signs as in randomness.hadamard."""
+class OperandSpec:
+    """How one orientation of a matrix, an operand of a product, is quantized.
+
+    signs  of the transform, as in randomness.hadamard
+    """
 
     quantizer: Quantizer
     signs: Tensor | None = None
@@ -44,8 +47,8 @@ class Backend(Protocol):
     def quantize(
         self,
         x: Tensor,
-        rows: Side | None,
-        columns: Side | None,
+        rows: OperandSpec | None,
+        columns: OperandSpec | None,
         seed: Tensor,
         stream: int,
         squared: bool = False,
@@ -73,27 +76,29 @@ class Native:
     def quantize(
         self,
         x: Tensor,
-        rows: Side | None,
-        columns: Side | None,
+        rows: OperandSpec | None,
+        columns: OperandSpec | None,
         seed: Tensor,
         stream: int,
         squared: bool = False,
     ) -> Pair:
+        # One pass over x makes both orientations, unless they need other signs or tensor scales.
         if rows is not None and columns is not None and not _share_a_pass(rows, columns):
             first, _ = self.quantize(x, rows, None, seed, stream, squared)
             _, second = self.quantize(x, None, columns, seed, stream, squared)
             return first, second
-        side = columns or rows
-        if side is None:
+        spec = columns or rows
+        if spec is None:
             return None, None
-        if rows is not None and rows.quantizer.hadamard:
-            side = rows
+        if rows is not None and rows.quantizer.hadamard:  # the one that has signs
+            spec = rows
+        # nvfp4 needs the largest element of the transformed matrix before anything is quantized
         scale = None
-        if side.quantizer.format == "nvfp4":
+        if spec.quantizer.format == "nvfp4":
             x, squared = relu2(x) if squared else x, False
             operand = x if columns is None else x.mT
             scale = reference.tensor_scale(
-                hadamard(operand, side.signs) if side.quantizer.hadamard else operand
+                hadamard(operand, spec.signs) if spec.quantizer.hadamard else operand
             )
         return quantize_kernel(
             x,
@@ -102,7 +107,7 @@ class Native:
             prologue="relu2" if squared else "none",
             seed=seed,
             stream=stream,
-            signs=side.signs,
+            signs=spec.signs,
             scale=scale,
         )
 
@@ -115,12 +120,12 @@ class Native:
         return out
 
 
-def _share_a_pass(rows: Side, columns: Side) -> bool:
+def _share_a_pass(rows: OperandSpec, columns: OperandSpec) -> bool:
     """One launch has one tensor scale and one set of signs."""
     both = (rows, columns)
-    transformed = [side for side in both if side.quantizer.hadamard]
+    transformed = [spec for spec in both if spec.quantizer.hadamard]
     same_signs = len(transformed) < 2 or rows.signs is columns.signs
-    return same_signs and all(side.quantizer.format != "nvfp4" for side in both)
+    return same_signs and all(spec.quantizer.format != "nvfp4" for spec in both)
 
 
 class Emulated:
@@ -131,8 +136,8 @@ class Emulated:
     def quantize(
         self,
         x: Tensor,
-        rows: Side | None,
-        columns: Side | None,
+        rows: OperandSpec | None,
+        columns: OperandSpec | None,
         seed: Tensor,
         stream: int,
         squared: bool = False,

@@ -17,7 +17,7 @@ from torch import nn
 from experiments.mxfp4.kernels.native import require_native
 from experiments.mxfp4.kernels.ptx import NotNativeError
 from experiments.mxfp4.layers.backends import find_backend
-from experiments.mxfp4.layers.coverage import Row, plan_rows
+from experiments.mxfp4.layers.coverage import Row, coverage_rows
 from experiments.mxfp4.layers.linear import MXMLP, STREAMS, MXLinear
 from experiments.mxfp4.layers.recipes import Recipe
 from experiments.mxfp4.layers.step_randomness import StepRandomness
@@ -62,7 +62,7 @@ def kept_layers(names: Iterable[str], keep: Sequence[str]) -> set[str]:
     names = list(names)
     found: set[str] = set()
     for pattern in keep:
-        if pattern == HEAD:  # stays anyway
+        if pattern == HEAD:  # always kept
             continue
         chosen = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")}
         if not chosen:
@@ -123,17 +123,19 @@ def convert(
     seed, rank  of stochastic rounding and random signs
     Raises   ValueError for an unknown layer or backend, sizes that do not divide into blocks, and a
              model that is converted already; NotNativeError where native is not possible. The model
-             is unchanged then.
+             is then unchanged.
     """
+    # everything that can be refused is, before the model is touched
     runner = find_backend(backend)
     layers = linear_layers(model)
     if any(isinstance(layer, MXLinear) for layer in layers.values()) or not layers:
-        raise ValueError("the model has no plain linear layers to convert: build it anew")
+        raise ValueError("the model has no plain linear layers to convert: build a new one")
     kept = kept_layers(layers, keep)
     for name, layer in layers.items():
         if name not in kept:
             check_sizes(name, layer, recipe)
     instructions = require_native_products(recipe, model.device) if backend == "native" else {}
+    # parameters move over, so optimizers and checkpoints see the model they know
     randomness = StepRandomness(model.device, seed, rank, recipe.signs)
     for index, (name, layer) in enumerate(layers.items()):
         if name not in kept:
@@ -144,12 +146,12 @@ def convert(
     replace_mlps(model)
     if recipe.stochastic:
         model.register_forward_pre_hook(MicroBatches(randomness))
-    rows = plan_rows(model, linear_layers(model), recipe, backend)
+    rows = coverage_rows(model, linear_layers(model), recipe, backend)
     return Conversion(recipe, backend, tuple(keep), randomness, rows, instructions)
 
 
 class MicroBatches:
-    """Draws other numbers for every training pass of a step."""
+    """Draws new numbers for every training pass of a step."""
 
     def __init__(self, randomness: StepRandomness) -> None:
         self.randomness = randomness

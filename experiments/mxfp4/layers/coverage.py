@@ -34,12 +34,13 @@ class Row:
     share: float
 
 
-def plan_rows(
+def coverage_rows(
     model: GPT, layers: Mapping[str, nn.Module], recipe: Recipe, backend: str
 ) -> list[Row]:
     """A row for each class of layers, product and path."""
     plain = str(model.dtype).removeprefix("torch.")
     total = model.estimate_flops(causal=True)
+    # class, product, format, path -> FLOPs a token of each layer in it
     flops: dict[tuple[str, str, str, str], list[int]] = {}
 
     def add(name: str, product: str, number_format: str, path: str, amount: int) -> None:
@@ -55,6 +56,7 @@ def plan_rows(
             add(kind, product, number_format, path, 2 * weight.numel())  # pyright: ignore[reportCallIssue]
     for product in PRODUCTS:
         add("lm_head", product, plain, "plain", 2 * model.lm_head.weight.numel())
+    # what the model counts beyond its matrices is attention
     linear = sum(map(sum, flops.values()))
     for _ in range(model.config.n_layer):
         add("attention", "all", plain, "plain", (total - linear) // model.config.n_layer)
@@ -88,5 +90,5 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def record(rows: Sequence[Row]) -> dict[str, Any]:
-    """The plan as plain values."""
+    """The rows as plain values."""
     return {"flop_shares": shares(rows), "products": [asdict(row) for row in rows]}

@@ -68,7 +68,7 @@ class QuantizedLinear(nn.Module):
 def quantized_state(
     model: GPT, keep: list[str], quantizer: Quantizer = DEFAULT
 ) -> dict[str, Tensor]:
-    """The model's state with codes and scales in place of weights; the others in bfloat16.
+    """The model's state with codes and scales in place of weights; the rest in bfloat16.
 
     Raises  ValueError for a pattern in `keep` that names no layer.
     """

@@ -16,8 +16,8 @@
     nvfp4_sr        NVFP4         NVFP4, dy stochastic; wgrad Hadamard    after arXiv:2509.25149
 
 "-" is the compute dtype. Scales of FP4 are "even", under stochastic rounding "rceil"; those of E4M3
-"rceil". A fixed Hadamard transform has one draw of signs for ever, a random one another every step,
-that of the forward pass none: it is never random, so that evaluation sees the trained model.
+"rceil". A fixed Hadamard transform uses one draw of signs throughout, a random one draws new signs
+every step. The forward pass has none: it is never random, so evaluation sees the trained model.
 """
 
 import difflib
@@ -44,7 +44,7 @@ class Product:
     def __post_init__(self) -> None:
         if (self.a.format, self.a.hadamard) != (self.b.format, self.b.hadamard):
             raise ValueError(
-                f"a product of {self.a} and {self.b} has no meaning: both operands need one "
+                f"a product of {self.a} and {self.b} makes no sense: both operands need one "
                 "format, and both the Hadamard transform or neither"
             )
 
@@ -67,11 +67,11 @@ class Product:
 class Recipe:
     """Quantizers of the three products; None is the compute dtype.
 
-    signs   of the Hadamard transforms in the backward pass: fixed, one draw for ever; random, drawn
-            every step; or none flipped, as in the forward pass.
+    signs   of the Hadamard transforms in the backward pass: fixed, one draw throughout; random,
+            drawn every step; or none flipped, as in the forward pass.
     quest   the forward pass as Quartet published it: scales from the standard deviation, gradients
             of clipped elements dropped, the backward pass on quantized operands. Emulated only.
-    Raises  ValueError for a combination without meaning.
+    Raises  ValueError for a combination that makes no sense.
     """
 
     name: str

@@ -14,6 +14,19 @@ with e the exponent of the largest element (2 for E2M1):
     rceil   the smallest power of two with m / scale within range: nothing saturates
     even    floor, of m rounded to the mantissa of an element: least error of the three
 
+By hand: a block of 32 that begins 0.7, -2.6, 11, 0.1 and is 0 from there on, to mxfp4.
+
+    largest   11 = 1.375 x 2^3, so the scale is 2^(3 - 2) = 2 by all three rules: byte 128
+    scaled    0.35  -1.3   5.5   0.05
+    E2M1      0.5   -1.5   6     0        the nearest of 0 0.5 1 1.5 2 3 4 6
+    codes     1     11     7     0        sign in bit 3, then two bits of exponent, one of mantissa
+    stored    0xB1, 0x07, fourteen times 0x00, and the scale byte: 17 bytes, 4.25 bits an element
+    values    1     -3     12    0        codes times 2
+
+The rules differ where the largest is more than 6 / 4 of its power of two. With 13 in place of 11,
+floor and even keep the scale 2 and saturate 6.5 at 6 (value 12), rceil takes 4 and rounds 3.25 to 3
+(12 too). With 15, floor saturates 7.5 (12), rceil and even take 4 and round 3.75 to 4 (value 16).
+
 Source  OCP Microscaling Formats v1.0, sections 5.2 and 6.3; rceil: PTX cvt.rp.ue8m0x2; NVFP4:
         NVIDIA, Pretraining LLMs with NVFP4, arXiv:2509.25149.
 """
@@ -83,11 +96,11 @@ FORMATS = {
 class Quantizer:
     """How one operand of a product is quantized.
 
-    scale_mode  "floor", "rceil" or "even"; without meaning for nvfp4.
+    scale_mode  "floor", "rceil" or "even"; nvfp4 ignores it.
     rounding    "nearest" or "stochastic"; the second for 4-bit elements only, and in mxfp4 only
                 where nothing saturates: what is clipped is biased.
     hadamard    transform every 32 channels first; both operands of a product, or neither.
-    Raises      ValueError for an unknown name or a combination without meaning.
+    Raises      ValueError for an unknown name or a combination that makes no sense.
     """
 
     format: str = "mxfp4"

@@ -1,9 +1,15 @@
 """How codes and scales lie in memory: two nibbles a byte, scales in tiles of 512 bytes.
 
 A tile holds the scales of 128 rows and 4 blocks: that of row r and block c is at byte
-16 (r mod 32) + 4 (r div 32) + c. Tiles follow one another along a row of tiles, then down. This is
-the order in which tensor cores, cuBLAS and CUTLASS read them (cuBLAS documentation, "1D Block
-Scaling Factors Layout"; SWIZZLE_32_4_4 in PyTorch).
+16 (r mod 32) + 4 (r div 32) + c. Tiles follow one another along a row of tiles, then down:
+
+    row 0    bytes 0 1 2 3        row 1    16 17 18 19       ...    row 31    496 497 498 499
+    row 32         4 5 6 7        row 33   20 21 22 23       ...    row 63    500 501 502 503
+    row 64         8 9 10 11      and so on to row 127, which ends the tile at byte 511
+
+so that 16 consecutive bytes serve rows r, r + 32, r + 64 and r + 96. This is the order in which
+tensor cores, cuBLAS and CUTLASS read them (cuBLAS documentation, "1D Block Scaling Factors Layout";
+SWIZZLE_32_4_4 in PyTorch).
 """
 
 import torch

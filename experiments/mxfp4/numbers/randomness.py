@@ -1,8 +1,10 @@
 """Randomness of a quantizer: the bits of stochastic rounding and the random Hadamard transform.
 
 Bits come from the counter-based generator Philox4x32-10: the words of one call serve eight elements
-next to each other in a row, 16 bits each, low half first. Equal (seed, stream, orientation) give
-equal bits on every device, whatever the tile sizes.
+next to each other in a row, 16 bits each, low half first. Element (2, 19) of a matrix of 64 columns
+is number 147: call 147 // 8 = 18, and of its eight pieces the one at 147 % 8 = 3, which is the high
+half of the second word. No state is kept: equal (seed, stream, orientation) give equal bits on
+every device, whatever the tile sizes.
 Source  J. Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011.
 """
 
@@ -56,6 +58,7 @@ def random_bits(
 
 def hadamard_matrix(device: torch.device) -> Tensor:
     """Sylvester's matrix of +-1, (32, 32) float32: entry (i, j) is (-1)^popcount(i and j)."""
+    # every entry at once: the parity of the bits that row and column index have in common
     index = torch.arange(HADAMARD, device=device)
     common = index[:, None] & index
     parity = torch.stack([common >> bit & 1 for bit in range(5)]).sum(0) % 2

@@ -38,8 +38,9 @@ def tensor_scale(x: Tensor) -> Tensor:
 
 def e8m0_scales(largest: Tensor, fmt: Format, mode: str) -> Tensor:
     """Scale bytes, uint8, of blocks with these largest magnitudes (float32); 255 if not finite."""
+    # bits >> 23 is the exponent plus 127, the bias of E8M0 too (largest has no sign bit)
     bits = largest.contiguous().view(torch.int32)
-    if mode == "even":
+    if mode == "even":  # half of an element's last mantissa bit is added; it may carry over
         exponent = bits + (1 << 22 - fmt.mantissa_bits) >> 23
     elif mode == "rceil":
         exponent = (bits >> 23) + (bits & 0x7FFFFF > fmt.largest_mantissa)
@@ -77,6 +78,7 @@ def dither(y: Tensor, bits: Tensor) -> Tensor:
 
 def _binade(magnitude: Tensor) -> tuple[Tensor, Tensor]:
     """Distance between E2M1 neighbours at a magnitude, and the first value with that distance."""
+    # the power of two below the magnitude, made of the exponent bits alone; 1 for all below 2
     exponent = magnitude.clamp(min=1).view(torch.int32) & 0x7F800000
     step = exponent.view(torch.float32) * 0.5  # 0.5 below 2, 1 below 4, 2
     return step, step * 2 * (step > 0.5)
@@ -106,11 +108,13 @@ def quantize(
     if not propagate and not torch.isfinite(x).all():
         count = int((~torch.isfinite(x)).sum())
         raise ValueError(f"{count} of {x.numel()} elements to quantize are NaN or infinite")
+    # scales: one for each block of the transformed matrix
     values = hadamard(x, signs) if quantizer.hadamard else x.float()
     if fmt.name == "nvfp4" and scale is None:
         scale = tensor_scale(values)
     blocks = values.unflatten(-1, (-1, fmt.block))
     bytes_, reciprocal = _block_scales(blocks.abs().amax(-1), fmt, quantizer.scale_mode, scale)
+    # elements: what is left is within the range of an element, or saturates there
     y = (blocks * reciprocal[..., None]).flatten(-2)
     if quantizer.rounding == "stochastic":
         rows, columns = x.shape

@@ -4,8 +4,8 @@
     python -m experiments.mxfp4.speed.bench --check          only say whether this GPU will do
 
 bench_sm120.sh runs this, and whole training steps. Times are medians of triton.testing.do_bench, on
-random data, with L2 cleared before each round; FLOP/s and bytes/s go beside them into JSON, with
-GPU, versions and commit.
+random data, with L2 cleared before each round; FLOP/s, bytes/s, GPU, versions and commit go into
+the JSON file with them.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor, nn
 
 from experiments.mxfp4.kernels.gemm import matmul
@@ -33,6 +32,7 @@ from experiments.mxfp4.layers.step_randomness import StepRandomness
 from experiments.mxfp4.numbers import reference
 from experiments.mxfp4.numbers.formats import FORMATS, Quantizer, ScaledTensor
 from experiments.mxfp4.speed import forecast
+from nanochat.kernels.optional_triton import triton
 from nanochat.tracking import environment, jsonable
 
 DEPTHS = (8, 12, 20)
@@ -42,7 +42,6 @@ BF16 = "bfloat16"
 PRODUCTS = ("mxfp4", "mxfp8_e4m3", "nvfp4")
 QUANTIZERS = ("mxfp4", "mxfp4 hadamard", "mxfp4 rceil stochastic hadamard", "mxfp8_e4m3 rceil")
 LAYERS = ("mxfp4_rtn", "mx8f_mx4b", "mxfp8", "quartet_even")
-
 WITH_QUANTIZER = "mxfp4, Hadamard and quantizer of a included"
 
 Timer = Callable[[Callable[[], Any]], float]
@@ -89,9 +88,7 @@ def gemm_cases(shapes: Iterable[tuple[int, int, int]], device: torch.device) -> 
             assert codes is not None
             return matmul(codes, weight)
 
-        yield Case(
-            "gemm", "mxfp4, Hadamard and quantizer of a included", shape, quantized_too, flops
-        )
+        yield Case("gemm", WITH_QUANTIZER, shape, quantized_too, flops)
 
 
 def quantize_cases(m: int, k: int, device: torch.device) -> Iterator[Case]:

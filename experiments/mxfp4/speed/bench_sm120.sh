@@ -40,5 +40,4 @@ for depth in 8 12 20; do
     runs=$NANOCHAT_BASE_DIR/base_checkpoints
     groups+=("d$depth=$runs/bench_d${depth}_plain:$runs/bench_d${depth}_mx8f_mx4b")
 done
-$python -m experiments.mxfp4.speed.steps --output="$out/steps.json" "${groups[@]}"
-$python -m experiments.mxfp4.speed.measured "$out"
+$python -m experiments.mxfp4.speed.measured "$out" "${groups[@]}"

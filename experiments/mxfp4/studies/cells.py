@@ -6,8 +6,8 @@ An ablation quantizes some products to mxfp4, the others run in the compute dtyp
     fprop_floor fprop_rceil              fprop_only with other scales
     bwd_rtn bwd_sr                       dgrad and wgrad, nearest or stochastic, no transform
     bwd_h_rtn bwd_hs_rtn bwd_rht_rtn     bwd_rtn with a Hadamard transform without signs, with
-                                         fixed signs, with others every step; bwd_sr with the
-                                         last is the recipe mxfp4_rht_sr
+                                         fixed signs, with new signs every step; bwd_sr with
+                                         the last is the recipe mxfp4_rht_sr
 """
 
 import difflib

@@ -1,12 +1,12 @@
-"""Train recipes on the same text in the same order, from the same weights, and keep what came out.
+"""Train recipes on the same text in the same order, from the same weights, and record the results.
 
     python -m experiments.mxfp4.studies.compare --dataset=embedded --output=DIR
     python -m experiments.mxfp4.studies.report DIR
 
-Every recipe and seed is a cell: one JSON file in --output. Cells that are there are not trained
-again, so that a comparison can be stopped at any time and go on; cells that another process trains
-are left to it, so that one process per GPU shares the work. A seed is one of the weights and of
-everything random; the text and its order are the same in all cells.
+Every recipe and seed is a cell: one JSON file in --output. Finished cells are not trained again, so
+a comparison can be stopped at any time and resumed; cells that another process is training are left
+to it, so one process per GPU shares the work. A seed decides the weights and everything random; the
+text and its order are the same in all cells.
 """
 
 import itertools
@@ -39,9 +39,9 @@ from nanochat.tracking import environment, jsonable
 from nanochat.train import run
 from nanochat.train.step import set_rates, train_step
 
-# settings that do not change what a cell's numbers are
-FREE = ("cells", "seeds", "output")
-LAST = 10  # training losses of the last steps are averaged
+# settings that do not change a cell's numbers
+NOT_COMPARED = ("cells", "seeds", "output")
+AVERAGED_STEPS = 10  # the last ones, of whose training losses the mean is given
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def train_cell(
         settings.depth, -1, settings.max_seq_len, text.tokenizer.get_vocab_size()
     )
     model = run.build_model(config, runtime, seed)
+    # Model and optimizers as base_train builds them; the same weights for every recipe of a seed.
     conversion = None
     if recipe != PLAIN:
         conversion = convert(model, recipe, (), settings.backend, seed)
@@ -131,26 +132,27 @@ def train_cell(
         losses.append(train_step(model, optimizers, micro_batches, runtime).loss)
     runtime.synchronize()
     seconds = time.perf_counter() - started
+    # Evaluation on the first validation batches, the same ones for every cell.
     num_batches = settings.eval_tokens // (settings.device_batch_size * settings.max_seq_len)
     validation = itertools.islice(text.batches("val"), max(1, num_batches))
     tokens = settings.num_iterations * settings.micro_batches * config.sequence_len
     tokens *= settings.device_batch_size
     return {
         "bpb": evaluate_bpb(model, validation, token_bytes, runtime),
-        "train_loss": fmean(float(loss) for loss in losses[-LAST:]),
+        "train_loss": fmean(float(loss) for loss in losses[-AVERAGED_STEPS:]),
         "first_loss": float(losses[0]),
         "tokens": tokens,
         "num_params": model.num_parameters().total,
         "flop_shares": coverage.shares(conversion.rows) if conversion else {},
-        "seconds": seconds,  # of the cell: with emulated products no speed of anything
+        "seconds": seconds,  # of the cell: with emulated products this is no speed
     }
 
 
 def cell_record(settings: Settings, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """What a cell is, before it is measured."""
+    """What identifies a cell, before it is trained."""
     products = {name: recipe.product(name) for name in PRODUCTS}
-    fixed = {name: v for name, v in asdict(settings).items() if name not in FREE}
-    for folder in ("data_dir", "tokenizer_dir"):  # wherever they are
+    fixed = {name: v for name, v in asdict(settings).items() if name not in NOT_COMPARED}
+    for folder in ("data_dir", "tokenizer_dir"):  # the same folder in another place is the same
         fixed[folder] = Path(fixed[folder]).name
     return {
         "cell": recipe.name,
@@ -164,7 +166,7 @@ def cell_record(settings: Settings, recipe: Recipe, seed: int) -> dict[str, Any]
 
 
 def finished(path: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the cell is there. Raises ValueError if another cell is, of other settings."""
+    """Whether the cell is finished. Raises ValueError if its file is of other settings."""
     if not path.exists():
         return False
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -193,7 +195,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "environment": environment(),
     }
-    # every recipe with one seed before the next seed: what is there can always be compared
+    # every recipe with one seed before the next seed: what is finished can always be compared
     for seed, recipe in itertools.product(range(settings.seeds), recipes):
         path = output / f"{recipe.name}_seed{seed}.json"
         record = cell_record(settings, recipe, seed)

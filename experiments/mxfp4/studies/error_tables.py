@@ -1,12 +1,13 @@
-"""Quantization error of what a trained model really multiplies: activations, weights, gradients.
+"""Quantization error of what a trained model multiplies: activations, weights, gradients.
 
     python -m experiments.mxfp4.studies.error_tables --checkpoint=base_checkpoints/latest.pt
 
-One batch of validation text goes forward and backward in the compute dtype. Of every linear layer
-of the blocks, x, W and dy are quantized along the axis each product contracts, in each way:
+One batch of validation text runs forward and backward in the compute dtype. Then x, W and dy of
+every linear layer in the blocks are quantized along the axis that each product contracts, in every
+way of QUANTIZERS:
 
     relative error  sum (Q(v) - v)^2 / sum v^2
-    alignment       sum Q(v) v / sum v^2: below 1 the quantizer shrinks, 1 is unbiased
+    alignment       sum Q(v) v / sum v^2: 1 is unbiased, below 1 the quantizer shrinks
 
 v is the operand that is quantized: with a Hadamard transform, the transformed one.
 """
@@ -75,6 +76,7 @@ def operands(model: GPT, inputs: Tensor, targets: Tensor) -> Iterator[tuple[str,
 
     The blocks must call their layers: the caller converts them with a recipe without quantizers.
     """
+    # hooks keep the x and dy of every layer during one forward and one backward pass
     seen: dict[str, dict[str, Tensor]] = {}
     handles = []
     for name, layer in linear_layers(model).items():

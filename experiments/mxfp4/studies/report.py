@@ -1,10 +1,14 @@
-"""Tables and a plot of a comparison's cells.
+"""Tables and a plot of a comparison.
 
     python -m experiments.mxfp4.studies.report DIR
 
-writes DIR/report.md and DIR/delta_bpb.png. Every figure is of the JSON files in DIR. A difference
-is taken between cells of one seed, recipe minus baseline; its standard error is over the seeds.
-Speed is given for cells whose products were native, and for no other.
+writes DIR/report.md and DIR/delta_bpb.png from the JSON files in DIR. A difference is taken between
+two cells of one seed, recipe minus baseline; its standard error is over the seeds. Speed is given
+only for cells whose products were native.
+
+Why pairs: three seeds of the baseline may end at 1.0, 2.0 and 3.0 bpb, those of a recipe at 1.11,
+2.09 and 3.10. The means, 2.0 +- 0.6 and 2.1 +- 0.6, say nothing; the differences 0.11, 0.09, 0.10
+say 0.10 +- 0.006, which is 17 standard errors where 4.3 are needed.
 """
 
 import json
@@ -20,7 +24,7 @@ from experiments.mxfp4.numbers.formats import FORMATS
 from experiments.mxfp4.studies.cells import GROUPS
 
 BASELINE = "plain"
-# two-sided 95 % points of Student's t by degrees of freedom; beyond, the normal's
+# two-sided 95 % points of Student's t by degrees of freedom; from 10 on, that of the normal
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 T_NORMAL = 1.96
 CONVERGED = 10  # tokens a parameter: half of Chinchilla's, arXiv:2203.15556
@@ -40,8 +44,8 @@ class Difference:
     seeds: int
 
     @property
-    def told_apart(self) -> bool:
-        """Whether 95 % of the differences of such seeds would have this sign."""
+    def significant(self) -> bool:
+        """Whether it differs from zero at 95 %, by a two-sided t-test."""
         limit = T_95.get(self.seeds - 1, T_NORMAL)
         return self.seeds > 1 and abs(self.mean) > limit * self.error
 
@@ -52,7 +56,7 @@ class Difference:
 
 
 def read_cells(folder: Path) -> list[Cell]:
-    """Every cell of a folder. Raises ValueError without any, or for cells of two comparisons."""
+    """Every cell of a folder. Raises ValueError for none, and for cells of two comparisons."""
     paths = sorted(folder.glob("*_seed*.json"))
     cells = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     if not cells:
@@ -75,7 +79,7 @@ def by_name(cells: Sequence[Cell]) -> dict[str, dict[int, Cell]]:
 
 
 def difference(cells: Mapping[int, Cell], baseline: Mapping[int, Cell]) -> Difference | None:
-    """Of the seeds that both have; None if there are none."""
+    """Over the seeds that both have; None if there are none."""
     pairs = [cells[seed]["bpb"] - baseline[seed]["bpb"] for seed in cells if seed in baseline]
     if not pairs:
         return None
@@ -84,12 +88,12 @@ def difference(cells: Mapping[int, Cell], baseline: Mapping[int, Cell]) -> Diffe
 
 
 def row(name: str, cells: Mapping[int, Cell], baseline: Mapping[int, Cell], timed: bool) -> str:
-    """A line of a table; timed: with the speed of cells that are not emulated."""
+    """A line of a table; `timed` adds the speed of cells that are not emulated."""
     first = next(iter(cells.values()))
     delta = difference(cells, baseline)
     products = first["products"]
     quantized = [p and p.split(" | ")[0] for p in products.values()]
-    # what says nothing: the usual rounding, and a scale mode where the format has its own scale
+    # leave out what goes without saying: rounding to nearest, and the scale mode that nvfp4 ignores
     formats = [
         (text or "-").replace(" nearest", "").replace("nvfp4 even", "nvfp4") for text in quantized
     ]
@@ -106,14 +110,14 @@ def row(name: str, cells: Mapping[int, Cell], baseline: Mapping[int, Cell], time
         speed = f"{fmean(c['tokens'] / c['seconds'] for c in cells.values()):,.0f}"
     bpb = fmean(cell["bpb"] for cell in cells.values())
     shown = "" if delta is None or name == BASELINE else str(delta)
-    mark = " *" if delta is not None and delta.told_apart and name != BASELINE else ""
+    mark = " *" if delta is not None and delta.significant and name != BASELINE else ""
     columns = (name, path, *formats[:2], formats[2] + signs, f"{low:.0%}", f"{bpb:.4f}",
                shown + mark, len(cells), speed)  # fmt: skip
     return "| " + " | ".join(map(str, columns)) + " |"
 
 
 def facts(cells: Sequence[Cell]) -> list[str]:
-    """Sizes, tokens, seeds and hardware: what the numbers are of."""
+    """Sizes, tokens, seeds and hardware that the numbers come from."""
     first, s = cells[0], cells[0]["settings"]
     machine = first["environment"]["hardware"]
     hardware = ", ".join(gpu["name"] for gpu in machine["gpus"]) or (
@@ -138,7 +142,7 @@ def facts(cells: Sequence[Cell]) -> list[str]:
 
 
 def verdict(named: Mapping[str, Mapping[int, Cell]]) -> str:
-    """What the standard errors allow to say."""
+    """What can be concluded, given the standard errors."""
     baseline = named[BASELINE]
     pairs = ((name, difference(cells, baseline)) for name, cells in named.items())
     deltas = {name: d for name, d in pairs if d is not None and name != BASELINE}
@@ -155,7 +159,7 @@ def verdict(named: Mapping[str, Mapping[int, Cell]]) -> str:
             "short is far from converged, and whatever changes its steps moves it either way. A "
             "difference below zero is no gain of fewer bits."
         )
-    apart = [name for name, d in deltas.items() if d.told_apart]
+    apart = [name for name, d in deltas.items() if d.significant]
     if not apart:
         return f"No row can be told from the baseline at 95 %.{scale}"
     return (

@@ -14,7 +14,9 @@ import torch.multiprocessing as mp
 from experiments.mxfp4.kernels.ptx import NotNativeError
 from experiments.mxfp4.layers.convert import convert
 from experiments.mxfp4.layers.recipes import RECIPES
+from nanochat import report
 from nanochat.common import Runtime
+from nanochat.tracking import METRICS_FILE
 from nanochat.train import precision, run
 from tests.support.runs import ROOT, SEQUENCE_LEN, TINY, losses, make_base_dir, records, run_here
 
@@ -116,6 +118,17 @@ def test_what_a_run_records(whole: Path) -> None:
     assert rows["mlp.c_fc", "wgrad"]["share"] == pytest.approx(own / total)
 
 
+def test_the_report_gives_no_speed_of_emulated_products(whole: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "base_checkpoints" / "whole"
+    alone.mkdir(parents=True)
+    (alone / METRICS_FILE).write_text((whole / METRICS_FILE).read_text())
+    report.main(["generate", f"--base_dir={tmp_path}"])
+    text = (tmp_path / "report/report.md").read_text()
+    assert "| tokens/s, median, emulated: no speed |" in text
+    assert "share of the measured GEMM" not in text
+    assert "MFU" not in text
+
+
 def test_what_a_run_prints(base: Path) -> None:
     arguments = (*TINY, f"--data_dir={base / 'text'}", "--model_tag=said", *EMULATED)
     said = run_here(base, f"{TRAIN} --num_iterations=1", *arguments, "--mx_keep=blocks.0.mlp")
@@ -175,7 +188,7 @@ from experiments.mxfp4.layers.recipes import RECIPES
 cuda = torch.device("cuda")
 for target in sys.argv[1:]:
     with (mock.patch.object(torch.cuda, "is_available", lambda: True),
-          mock.patch.object(native, "target_of", lambda device: target)):
+          mock.patch.object(native, "architecture_of", lambda device: target)):
         try:
             print(target, require_native_products(RECIPES["mx8f_mx4b"], cuda))
         except native.NotNativeError as error:

@@ -169,7 +169,7 @@ def test_products_trace_without_a_graph_break() -> None:
 def test_a_gpu_is_asked_before_a_product_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU whose kernel would hold no block-scaled instruction; here it holds none at all."""
     a = operand(32, 64, Quantizer(), 0)
-    monkeypatch.setattr(gemm, "target_of", lambda device: "sm_90")
+    monkeypatch.setattr(gemm, "architecture_of", lambda device: "sm_90")
     monkeypatch.setattr("experiments.mxfp4.kernels.ptx.compile_for", lambda *launch: FakeKernel)
     for call in (
         lambda: gemm.matmul(a, a),

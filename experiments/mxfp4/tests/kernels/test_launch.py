@@ -1,23 +1,21 @@
-"""Where a launch goes, and with which tiles."""
+"""Which conversions a GPU's PTX has, and which tiles it runs."""
 
-import pytest
 import torch
 
-from experiments.mxfp4.kernels import launch as launcher
-from nanochat.kernels.launch import recording
+from experiments.mxfp4.kernels import gemm
+from experiments.mxfp4.kernels.blocks import has_e2m1_conversion
+from nanochat.kernels.launch import GENERIC, recording
 
 
-def test_targets_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
-    assert launcher.target_of(torch.device("cuda")) == "sm_120"
-    assert launcher.target_of(torch.device("cpu")) == "interpreter"
-    with recording("sm_100"):
-        assert launcher.target_of(torch.device("cpu")) == "sm_100"
-    answers = [launcher.converts_to_e2m1(t) for t in ("sm_90", "sm_100", "sm_120", "interpreter")]
+def test_conversions_to_e2m1() -> None:
+    answers = [has_e2m1_conversion(target) for target in ("sm_90", "sm_100", "sm_120", GENERIC)]
     assert answers == [False, True, True, False]
 
 
 def test_tiles_of_a_gpu_without_its_own() -> None:
-    kernel = "gemm.mxfp4.store"
-    assert launcher.config(kernel, "sm_120") != launcher.config(kernel, "sm_100")
-    assert launcher.config(kernel, "sm_100") == launcher.config(kernel, "interpreter")
+    x, chosen = torch.empty(1, dtype=torch.uint8), {}
+    for target in ("sm_100", "sm_120"):
+        with recording(target):
+            chosen[target] = gemm.TILES["mxfp4", "store"].choose(x)
+    assert chosen["sm_120"] != chosen["sm_100"]
+    assert chosen["sm_100"] == gemm.TILES["mxfp4", "store"].choose(x)

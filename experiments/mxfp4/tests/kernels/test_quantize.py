@@ -11,6 +11,7 @@ from experiments.mxfp4.numbers import reference
 from experiments.mxfp4.numbers.formats import Quantizer, ScaledTensor
 from experiments.mxfp4.tests.support import DEVICE, assert_same, matrix
 from nanochat.kernels import rms_norm
+from nanochat.kernels.launch import Config
 
 SEED, STREAM, SIGNS = 0x1234_5678_9ABC_DEF0, 5, 0x8A5C_3E71
 
@@ -107,7 +108,7 @@ def test_tiles_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = [{"prologue": prologue} for prologue in ("none", "rms_norm")]
     first = [of_kernel(x, q, q, **call) for call in calls]
     tiles = {"BLOCK_M": 32, "BLOCK_K": 64, "num_warps": 4}
-    monkeypatch.setattr("experiments.mxfp4.kernels.quantize.config", lambda name, target: tiles)
+    monkeypatch.setattr(Config, "choose", lambda config, like: tiles)
     for call, pair in zip(calls, first, strict=True):
         for one, other in zip(pair, of_kernel(x, q, q, **call), strict=True):
             assert_same(one, other)

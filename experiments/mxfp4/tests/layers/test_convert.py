@@ -41,7 +41,7 @@ def test_conversion_keeps_parameters_and_their_names() -> None:
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
     assert all(isinstance(layer, MXLinear) for layer in linear_layers(built).values())
-    streams = [layer.plans[False].stream for layer in linear_layers(built).values()]  # pyright: ignore
+    streams = [layer.specs[False].stream for layer in linear_layers(built).values()]  # pyright: ignore
     assert len(set(streams)) == 8
     assert conversion.instructions == {}
     assert type(built.lm_head) is Linear
@@ -106,7 +106,7 @@ def test_tokens_that_do_not_divide() -> None:
 def test_a_model_is_converted_once() -> None:
     built = model()
     convert(built, RECIPES["mxfp4_rtn"], backend="emulate")
-    with pytest.raises(ValueError, match="build it anew"):
+    with pytest.raises(ValueError, match="build a new one"):
         convert(built, RECIPES["mxfp4_rtn"], backend="emulate")
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from experiments.mxfp4.layers.quartet import inverse_hadamard, quest
+from experiments.mxfp4.layers.quartet import inverse_hadamard, quest_quantize
 from experiments.mxfp4.layers.recipes import Product, find_recipe
 from experiments.mxfp4.numbers.randomness import hadamard
 from experiments.mxfp4.tests.support import (
@@ -20,7 +20,7 @@ def test_quest_drops_the_gradients_of_clipped_elements() -> None:
     """Eight bits in the backward pass come near to the gradients that masks and transforms give."""
     eight = Product.of("mxfp8_e4m3")
     recipe = replace(find_recipe("quartet"), dgrad=eight, wgrad=eight, signs="fixed")
-    (xq, x_mask), (wq, w_mask) = quest(X), quest(W)
+    (xq, x_mask), (wq, w_mask) = quest_quantize(X), quest_quantize(W)
     assert not x_mask.all(), "heavy tails are clipped"
     y, dx, dw = run_layer(recipe)
     torch.testing.assert_close(y, xq @ wq.mT)
@@ -38,7 +38,7 @@ def test_quest_rounds_its_gradients_as_the_recipe_says() -> None:
 
 
 def test_quest_scale_is_of_the_standard_deviation() -> None:
-    values, mask = quest(X)
+    values, mask = quest_quantize(X)
     blocks = hadamard(X).unflatten(-1, (-1, 32)).flatten(0, 1)
     for i, block in enumerate(blocks.double()):
         std = float((block - block.mean()).square().mean().sqrt())

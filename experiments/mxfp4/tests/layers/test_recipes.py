@@ -77,7 +77,7 @@ FP4_H = Product.of("mxfp4 hadamard")
         (lambda: Product.of("mxfp5"), "mxfp5"),
     ],
 )
-def test_what_has_no_meaning(make, part: str) -> None:
+def test_what_makes_no_sense(make, part: str) -> None:
     with pytest.raises(ValueError, match=part):
         make()
 

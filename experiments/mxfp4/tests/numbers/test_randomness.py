@@ -42,6 +42,13 @@ def test_random_bits_equal_numpy() -> None:
     assert np.array_equal(got.numpy(), want)
 
 
+def test_the_element_of_the_documentation() -> None:
+    """Element (2, 19) of 64 columns: call 18, the high half of its second word."""
+    got = randomness.random_bits(3, 64, 5, 7, False, torch.device("cpu"))
+    (words,) = numpy_philox(np.array([[18, 0, 7, 0]]), (5, 0))
+    assert got[2, 19] == words[1] >> 16
+
+
 def test_hadamard_is_orthogonal_and_known() -> None:
     matrix = randomness.hadamard_matrix(torch.device("cpu"))
     block = torch.ones(1, 1)

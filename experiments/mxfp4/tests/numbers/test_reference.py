@@ -95,6 +95,27 @@ def test_mx_formats_equal_ml_dtypes(name: str, mode: str, kind: str) -> None:
     assert np.array_equal(dequantize(got, torch.float64).numpy(), values)
 
 
+def test_the_block_of_the_documentation() -> None:
+    """The example by hand in `formats`, to its bytes; and 13 and 15 in place of 11."""
+    x = torch.zeros(1, 32)
+    x[0, :4] = torch.tensor([0.7, -2.6, 11, 0.1])
+    for mode in MODES:
+        got = quantize(x, Quantizer("mxfp4", mode))
+        assert got.codes.tolist() == [[0xB1, 0x07] + 14 * [0]]
+        assert layout.unswizzle_scales(got.scales, 1, 1).tolist() == [[128]]
+        assert dequantize(got)[0, :4].tolist() == [1, -3, 12, 0]
+    results = {
+        13: {"floor": (2, 12), "rceil": (4, 12), "even": (2, 12)},
+        15: {"floor": (2, 12), "rceil": (4, 16), "even": (4, 16)},
+    }
+    for largest, wanted in results.items():
+        x[0, 2] = largest
+        for mode, (scale, value) in wanted.items():
+            got = quantize(x, Quantizer("mxfp4", mode))
+            assert reference.block_scales(got).item() == scale
+            assert dequantize(got)[0, 2] == value
+
+
 def test_codes_are_those_of_ml_dtypes() -> None:
     """Bytes read by ml_dtypes alone, from codes to values: nibble order, scale bytes."""
     x = INPUTS["normal"]

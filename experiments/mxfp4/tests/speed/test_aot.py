@@ -14,7 +14,7 @@ from experiments.mxfp4.numbers.formats import FORMATS
 
 ROOT = Path(__file__).parents[4]
 COMPILED = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-ENDS = {
+EPILOGUES = {
     "mxfp4": {"store", "add", "relu2"},
     "mxfp8_e4m3": {"store", "add", "relu2"},
     "mxfp8_e5m2": {"store", "add"},
@@ -47,14 +47,14 @@ def test_every_shipped_kernel_passes(table: dict[str, Any]) -> None:
 @pytest.mark.parametrize("target", ["sm_100", "sm_120"])
 def test_every_product_is_block_scaled(table: dict[str, Any], target: str) -> None:
     rows = [r for r in table["rows"] if (r["target"], r["kernel"]) == (target, "matmul_kernel")]
-    ends: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {}
     for row in rows:
-        fmt, _, end = row["call"].split()
-        assert ".block_scale" in row["instruction"]
-        four_bits = "mxf4" in row["instruction"]
-        assert four_bits == (FORMATS[fmt].element == "e2m1")
-        ends.setdefault(fmt, set()).add(end)
-    assert ends == ENDS
+        assert ".block_scale" in row["products"]
+        four_bits = "mxf4" in row["products"]
+        assert four_bits == (FORMATS[row["dtype"]].element == "e2m1")
+        constants = dict(pair.split("=", 1) for pair in row["configuration"].split() if "=" in pair)
+        found.setdefault(row["dtype"], set()).add(constants["EPILOGUE"])
+    assert found == EPILOGUES
 
 
 def test_quantizers_and_decoding_ship_everywhere(table: dict[str, Any]) -> None:
@@ -91,17 +91,18 @@ def test_refusals_name_gpu_version_and_instruction() -> None:
 
 
 SPILLING = """
+from experiments.mxfp4.kernels import gemm
 from experiments.mxfp4.speed import aot
-from experiments.mxfp4.kernels import launch
-small = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256, "num_warps": 4, "num_stages": 3}
-large = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256, "num_warps": 8, "num_stages": 6}
-for fmt, tile in (("mxfp4", small), ("mxfp8_e4m3", large)):
-    for end in ("store", "add", "relu2"):
-        launch.table()["generic"][f"gemm.{fmt.split('_')[0]}.{end}"] = tile
-launch.table()["sm_120"].clear()
-for call, launches in aot.product_calls("sm_120"):
-    if call in ("mxfp4 K=768", "mxfp8_e4m3 K=768"):
-        print(aot.row(call, launches[1], "sm_120").faults)
+from nanochat.kernels.aot import gate
+from nanochat.kernels.launch import table
+tiles = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256}
+gemm.TILES["mxfp4", "add"].default = [tiles | {"num_warps": 4, "num_stages": 3}]
+gemm.TILES["mxfp8", "add"].default = [tiles | {"num_warps": 8, "num_stages": 6}]
+table("sm_120", gemm.TABLES).clear()
+calls = {(call.dtype, call.size): call for call in aot.product_calls("sm_120")}
+for fmt in ("mxfp4", "mxfp8_e4m3"):
+    (row,) = gate([calls[fmt, "add K=768"]], "sm_120", aot.block_scaled_products)
+    print(row.faults)
 """
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.mxfp4.speed import measured, steps
+from experiments.mxfp4.speed import measured
 
 
 def run_folder(tmp_path: Path, precision: dict, seconds: list[float]) -> Path:
@@ -21,16 +21,19 @@ def run_folder(tmp_path: Path, precision: dict, seconds: list[float]) -> Path:
     return tmp_path
 
 
-def test_the_table_is_filled_by_measurements_alone(tmp_path: Path) -> None:
+def test_the_table_is_filled_by_measurements_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     empty = measured.markdown([])
     assert empty.count(measured.NOT_MEASURED) == len(measured.figures())
     plain = run_folder(tmp_path / "plain", {"name": "plain"}, [9.0] * 10 + [3.0, 3.0, 3.0])
     native = {"name": "mxfp4", "recipe": "mx8f_mx4b", "backend": "native"}
     fast = run_folder(tmp_path / "fast", native, [9.0] * 10 + [2.0, 2.0, 2.0])
-    steps.main(["--output", str(tmp_path / measured.STEPS), f"d12={plain}:{fast}"])
     row = {"kind": "gemm", "name": "mxfp4", "shape": measured.LARGE_SHAPE, "tflops": 1001.4}
     (tmp_path / measured.BENCH).write_text(json.dumps({"rows": [row]}))
-    filled = measured.markdown(measured.read_rows(tmp_path))
+    measured.main([str(tmp_path), f"d12={plain}:{fast}"])
+    filled = capsys.readouterr().out
+    assert filled == measured.markdown(measured.read_rows(tmp_path))
     assert filled.count(measured.NOT_MEASURED) == len(measured.figures()) - 2
     (step,) = (line for line in filled.splitlines() if line.startswith("| training step d12"))
     assert step.endswith("| 1.50 |")
@@ -38,10 +41,11 @@ def test_the_table_is_filled_by_measurements_alone(tmp_path: Path) -> None:
 
 
 def test_emulated_runs_have_no_speed(tmp_path: Path) -> None:
-    emulated = {"name": "mxfp4", "recipe": "mx8f_mx4b", "backend": "emulate"}
-    folder = run_folder(tmp_path / "run", emulated, [1.0] * 20)
-    with pytest.raises(ValueError, match="its time is no speed"):
-        steps.step_row("d12", folder)
+    older = {"name": "mxfp4", "recipe": "mx8f_mx4b", "backend": "emulate"}
+    for precision in (older, {"name": "other", "emulated": True}):
+        folder = run_folder(tmp_path / precision["name"], precision, [1.0] * 20)
+        with pytest.raises(ValueError, match="its time is no speed"):
+            measured.step_row("d12", folder)
     short = run_folder(tmp_path / "short", {"name": "plain"}, [1.0] * 10)
     with pytest.raises(ValueError, match="10 steps; more than 10"):
-        steps.step_row("d12", short)
+        measured.step_row("d12", short)

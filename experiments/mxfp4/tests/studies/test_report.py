@@ -35,17 +35,17 @@ def test_differences_are_of_pairs_of_one_seed() -> None:
     assert got is not None
     assert got.mean == pytest.approx(0.1)
     assert got.error == pytest.approx(0.01 / math.sqrt(3))
-    assert got.told_apart
+    assert got.significant
     assert str(got) == "+0.1000 +- 0.0058"
     assert difference(by_name(made(("x", [1.0])))["x"], {}) is None
 
 
 def test_three_seeds_need_more_than_two_standard_errors() -> None:
     """Student's t with two degrees of freedom: 4.30."""
-    assert not Difference(0.42, 0.1, 3).told_apart
-    assert Difference(0.44, 0.1, 3).told_apart
-    assert Difference(-0.44, 0.1, 3).told_apart
-    assert not Difference(0.44, math.nan, 1).told_apart
+    assert not Difference(0.42, 0.1, 3).significant
+    assert Difference(0.44, 0.1, 3).significant
+    assert Difference(-0.44, 0.1, 3).significant
+    assert not Difference(0.44, math.nan, 1).significant
 
 
 def test_a_table_that_ranks_nothing_says_so() -> None:
