@@ -164,8 +164,8 @@ def load_words(split: str, task_data: Path | str = "") -> list[str]:
     if not path.is_file():
         path = DATA / "words.txt"
     words = re.findall(r"^[a-z]{3,}$", path.read_text(encoding="utf-8"), flags=re.M)
-    wanted = split == "test"
-    chosen = [word for word in words if (zlib.crc32(word.encode()) % TEST_SHARE == 0) == wanted]
+    in_test = {word for word in words if zlib.crc32(word.encode()) % TEST_SHARE == 0}
+    chosen = [word for word in words if (word in in_test) == (split == "test")]
     if not chosen:
         raise ValueError(f"{path} has no words for {split}: write lower-case words, one per line")
     return chosen

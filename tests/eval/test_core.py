@@ -309,7 +309,7 @@ def test_what_is_no_archive_is_removed(server: str, tmp_path: Path) -> None:
     base = tmp_path / "home"
     base.mkdir()
     (tmp_path / "junk.zip").write_bytes(b"<html>not found</html>")
-    with pytest.raises(ValueError, match="was no archive"):
+    with pytest.raises(ValueError, match="was not an archive"):
         get_bundle(base, f"{server}/junk.zip")
     assert len(load_tasks(get_bundle(base, f"{server}/eval_bundle.zip"))) == 3
 
