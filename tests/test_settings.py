@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -140,12 +141,7 @@ def test_a_number_without_a_range_is_seen():
 def test_defaults_are_allowed(module):
     """A config file is checked, so every default given by one must pass."""
     defaults = module.Settings()
-    hints = {
-        name: hint
-        for name, hint in __import__("typing")
-        .get_type_hints(module.Settings, include_extras=True)
-        .items()
-    }
+    hints = typing.get_type_hints(module.Settings, include_extras=True)
     wrong = {name: problem(getattr(defaults, name), hint) for name, hint in hints.items()}
     assert {name: text for name, text in wrong.items() if text} == {}
 

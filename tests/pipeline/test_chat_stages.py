@@ -122,6 +122,14 @@ def test_mid_training_goes_on_from_the_base_model(mid: World) -> None:
     assert meta["parent"].endswith("base_checkpoints/d2/000006")
 
 
+def test_rows_of_a_step_stand_for_its_tokens(mid: World) -> None:
+    """--target_examples_per_step=4 rows of 128 tokens are the 512 tokens of MID."""
+    rows = ("--target_examples_per_step=4", "--total_batch_size=1", "--model_tag=rows")
+    mid.run("mid_train", *MID, *rows, "--base_checkpoint=base_checkpoints/latest.pt")
+    assert_same(mid.weights("mid", "d2"), mid.weights("mid", "rows"))
+    assert mid.records("mid", "rows", "plan")[0]["total_batch_size"] == 512
+
+
 def test_fine_tuning_goes_on_from_mid_training(sft: World) -> None:
     before = sft.records("chatsft", "d2", "eval")[0]["loss"]
     after = sft.records("chatsft", "d2", "eval")[-1]["loss"]
@@ -208,6 +216,14 @@ def test_chat_models_are_evaluated_once(rl: World) -> None:
     assert result.stat().st_mtime_ns == written
     assert "of 3, 0 too long" in evaluate("-i", "rl")
     assert len(list((rl.base_dir / "chat_eval").glob("*.json"))) == 2
+    named = {
+        path.name.partition("_")[0]: json.loads(path.read_text())["settings"]["source"]
+        for path in (rl.base_dir / "chat_eval").glob("*.json")
+    }
+    assert named == {"chatsft": "sft", "chatrl": "rl"}
+    evaluate("--checkpoint=mid_checkpoints/d2/latest.pt")
+    (of_mid,) = (rl.base_dir / "chat_eval").glob("mid_*.json")
+    assert json.loads(of_mid.read_text())["settings"]["source"] == "mid"
     saved = json.loads(result.read_text())
     saved["settings"]["weights"] = "of another model of the same name and step"
     result.write_text(json.dumps(saved))
