@@ -215,7 +215,7 @@ def test_with_a_token_cache_any_number_of_ranks_sees_the_same_batches(world: Wor
 def test_lost_weights_stop_the_run_and_keep_the_checkpoint(world: World) -> None:
     world.run("--model_tag=nan", "--num_iterations=3")
     output = world.run(
-        "--model_tag=nan", "--resume", "--num_iterations=9", "--embedding_lr=1e38", code=1
+        "--model_tag=nan", "--resume", "--num_iterations=9", "--matrix_lr=1e36", code=1
     )
     assert "the weights are lost" in output
     assert "--resume" in output

@@ -124,6 +124,14 @@ def test_mid_training_goes_on_from_the_base_model(mid: World) -> None:
     assert meta["parent"].endswith("base_checkpoints/d2/000006")
 
 
+def test_rows_of_a_step_stand_for_its_tokens(mid: World) -> None:
+    """--target_examples_per_step=4 rows of 128 tokens are the 512 tokens of MID."""
+    rows = ("--target_examples_per_step=4", "--total_batch_size=1", "--model_tag=rows")
+    mid.run("mid_train", *MID, *rows, "--base_checkpoint=base_checkpoints/latest.pt")
+    assert_same(mid.weights("mid", "d2"), mid.weights("mid", "rows"))
+    assert mid.records("mid", "rows", "plan")[0]["total_batch_size"] == 512
+
+
 def test_fine_tuning_goes_on_from_mid_training(sft: World) -> None:
     before = sft.records("chatsft", "d2", "eval")[0]["loss"]
     after = sft.records("chatsft", "d2", "eval")[-1]["loss"]
