@@ -12,11 +12,9 @@ from typing import Any
 import torch
 
 from bench.cases import make_case
-from nanochat.kernels.launch import CONFIGS, GENERIC, Recorder, config, recording, table
+from nanochat.kernels.launch import CONFIGS, TABLES, Config, Entry, Recorder, recording, table
 from nanochat.kernels.registry import Op
 from nanochat.kernels.workloads import Workload
-
-Entry = dict[str, Any]
 
 RECORD_TOKENS = 128  # sizes of configurations are widths: row counts do not enter
 DTYPE_OF_SIZE = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
@@ -27,7 +25,7 @@ MAX_WARPS, MAX_STAGES = 16, 6
 class Use:
     """A configuration that a call uses, from the forward pass on or in the backward pass only."""
 
-    kernel: str
+    config: Config
     size: int
     element_size: int
     forward: bool
@@ -60,24 +58,27 @@ def uses(
     recorder, in_forward = record(op, implementation, workload, architecture, dtype)
     found = []
     with recording(architecture):
-        for kernel, size, element_size in dict.fromkeys(recorder.lookups):
+        for config, size, element_size in dict.fromkeys(recorder.lookups):
             like = torch.empty(0, dtype=DTYPE_OF_SIZE[element_size])
-            is_forward = (kernel, size, element_size) in recorder.lookups[:in_forward]
-            entry = config(kernel, like, size)
-            found.append(Use(kernel, size, element_size, is_forward, entry))
+            is_forward = (config, size, element_size) in recorder.lookups[:in_forward]
+            entry = config.choose(like, size)
+            found.append(Use(config, size, element_size, is_forward, entry))
     return found
 
 
 @contextlib.contextmanager
-def trial(architecture: str, kernel: str, entry: Entry) -> Iterator[None]:
+def trial(architecture: str, config: Config, entry: Entry) -> Iterator[None]:
     """Within the block, a kernel has this configuration for every size and dtype."""
-    entries = table(architecture)
-    shipped = entries[kernel]
-    entries[kernel] = [entry]
+    entries = table(architecture, config.folder)
+    shipped = entries.get(config.kernel)
+    entries[config.kernel] = [entry]
     try:
         yield
     finally:
-        entries[kernel] = shipped
+        if shipped is None:
+            del entries[config.kernel]
+        else:
+            entries[config.kernel] = shipped
 
 
 def neighbours(name: str, value: int) -> list[int]:
@@ -121,9 +122,9 @@ def write_entry(folder: Path, architecture: str, kernel: str, tuned: Entry) -> N
     Where the folder has no such table yet, it begins as the shipped one.
     """
     path = folder / f"{architecture}.json"
-    source = path if path.exists() else CONFIGS / path.name
+    source = path if path.exists() else TABLES / path.name
     known = json.loads(source.read_text()) if source.exists() else {}
-    entries = known.get(kernel) or table(GENERIC)[kernel]  # a table's kernel hides the generic one
+    entries = known.get(kernel) or CONFIGS[kernel].default  # which a table's entries replace
     known[kernel] = with_measured(entries, tuned)
     blocks = []
     for name, of_kernel in known.items():

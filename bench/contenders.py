@@ -1,18 +1,14 @@
 """Who is measured for an operation: eager and compiled PyTorch, every implementation, the peers."""
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from triton import knobs
-from triton.errors import TritonError
 
 from bench.peers import PEERS, MisfitError
-from nanochat import kernels
-from nanochat.kernels.registry import REGISTRY, Op, select
+from nanochat.kernels.optional_triton import TritonError, is_interpreting
+from nanochat.kernels.registry import Op, select
 
 EAGER, COMPILE, OURS, PEER = "eager", "compile", "ours", "peer"
 # What code of ours, of Triton, of the compiler or of a peer raises when it cannot run something.
@@ -40,13 +36,6 @@ class Contender:
     missing: str = ""
 
 
-def operations() -> dict[str, Op]:
-    """Every operation by name: all modules of nanochat/kernels register theirs."""
-    for module in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"{kernels.__name__}.{module.name}")
-    return REGISTRY
-
-
 def names(op: Op) -> list[str]:
     """Contenders of an operation, whether they can run here or not."""
     ours = [name for name in op.implementations if name != "reference"]
@@ -70,7 +59,7 @@ def contenders(op: Op, device: torch.device, dtype: torch.dtype) -> list[Contend
 def _ours(op: Op, name: str, device: torch.device, dtype: torch.dtype) -> Contender:
     implementation = op.implementations[name]
     missing = implementation.needs(device, dtype)
-    if not missing and name.startswith("triton") and knobs.runtime.interpret:
+    if not missing and name.startswith("triton") and is_interpreting():
         missing = "interpreted: there is no time to measure"
     return Contender(name, OURS, None if missing else implementation.call, missing)
 
@@ -89,7 +78,6 @@ def _peer(op: Op, name: str, device: torch.device) -> Contender:
 
 def auto_choices(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """operation -> implementation that `--kernels=auto` picks here."""
-    operations()
     return {choice.op: choice.implementation for choice in select("auto", device, dtype)}
 
 

@@ -44,7 +44,7 @@ measure() { # name, seconds, arguments of pytest...
         --commit="${COMMIT:-}" "$@"
 }
 
-ops=$($python -c 'from bench.contenders import operations; print(*operations())')
+ops=$($python -c 'from nanochat.kernels.registry import operations; print(*operations())')
 for group in ${*:-tests kernels train large tune}; do
     case $group in
     tests)

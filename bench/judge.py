@@ -192,4 +192,4 @@ def _configuration(op: Op, workload: Workload, row: Row, session: Session) -> Ro
         return {}
     dtype, in_forward = session.runtime.dtype, row["pass"] == "forward"
     found = uses(op, row["contender"], workload, session.architecture, dtype)
-    return {f"{u.kernel} {u.size}": u.entry for u in found if u.forward or not in_forward}
+    return {f"{u.config.kernel} {u.size}": u.entry for u in found if u.forward or not in_forward}

@@ -10,12 +10,12 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.cases import make_case
-from bench.contenders import FAILURES, first_line, names, operations
+from bench.contenders import FAILURES, first_line, names
 from bench.judge import PASSES, judge
 from bench.replay import Replay, report
 from bench.rows import Row
 from bench.session import Session
-from nanochat.kernels.registry import Op
+from nanochat.kernels.registry import Op, operations
 from nanochat.kernels.workloads import WORKLOADS, Workload
 
 # Enough to see it work where there is no GPU; its times say nothing about one.

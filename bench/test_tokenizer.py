@@ -5,7 +5,10 @@
     ... --out=bench/results/cpu                           and write tokenizer.json there
 
 Each measurement is a process of its own, bench/tokenizer_worker.py. The ratios are of CPU seconds,
-which hold on a busy machine too; wall time does not. rustbpe 0.1.0 has the same module name; it
+which hold on a busy machine too; wall time does not. "train under load" is about wall time: threads
+against one thread, in turns within a process, while the machine is as idle as it was found, while a
+busy process is pinned to each processor, and with four threads for each processor. No load should
+make threads more than 1.2 times as slow as one. rustbpe 0.1.0 has the same module name; it
 takes part if it is beside this one:
 
     pip install --target build/rustbpe-0.1.0 rustbpe==0.1.0
@@ -15,6 +18,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +38,8 @@ TRAIN_HF = ("rustbpe, ties of tokenizers", "tokenizers")
 LISTS = ("rustbpe", "rustbpe 0.1.0", "tiktoken", "tokenizers")
 ARRAYS = ("rustbpe", "tiktoken")
 GROUPS = {"train": TRAIN, "train as tokenizers": TRAIN_HF, "to lists": LISTS, "to numpy": ARRAYS}
+LOADS = ("idle", "busy neighbours", "busy neighbours, 4 threads a core", "idle, 4 threads a core")
+SPIN = "import os, sys\nos.sched_setaffinity(0, [int(sys.argv[1])])\nwhile True: pass"
 CASES = [(group, name) for group, names in GROUPS.items() for name in names]
 REAL = {"train": 200_000_000, "encode": 40_000_000, "vocab_size": 65_536}  # bytes
 SMALL = {"train": 3_000_000, "encode": 1_000_000, "vocab_size": 4_096}
@@ -69,6 +76,25 @@ def rows() -> list[Row]:
     return []
 
 
+def measure(job: Row, group: str, name: str, **environment: str) -> Row:
+    """The row of a worker process."""
+    command = [sys.executable, "-m", "bench.tokenizer_worker", json.dumps([job, group, name])]
+    environment = os.environ | environment
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
+
+
+@contextmanager
+def busy_neighbours() -> Iterator[None]:
+    """A process that never rests, on each processor that this one may use."""
+    with ExitStack() as stack:
+        for core in os.sched_getaffinity(0):
+            neighbour = subprocess.Popen([sys.executable, "-c", SPIN, str(core)])
+            stack.callback(neighbour.wait)
+            stack.callback(neighbour.kill)
+        yield
+
+
 @pytest.mark.parametrize(("group", "name"), CASES)
 def test_contender(
     group: str, name: str, job: Row, rows: list[Row], benchmark: BenchmarkFixture
@@ -76,18 +102,20 @@ def test_contender(
     published = "0.1.0" in name
     if published and not PUBLISHED.is_dir():
         pytest.skip(f"rustbpe 0.1.0 is not in {PUBLISHED}")
-    command = [sys.executable, "-m", "bench.tokenizer_worker", json.dumps([job, group, name])]
-    environment = os.environ | ({"PYTHONPATH": str(PUBLISHED)} if published else {})
-
-    def process() -> Row:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True
-        )
-        return json.loads(done.stdout)
-
-    row = benchmark.pedantic(process)
+    environment = {"PYTHONPATH": str(PUBLISHED)} if published else {}
+    row = benchmark.pedantic(lambda: measure(job, group, name, **environment))
     benchmark.extra_info.update(row)
     rows.append({"group": group, "name": name, **row})
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_load(load: str, job: Row, rows: list[Row], benchmark: BenchmarkFixture) -> None:
+    with ExitStack() as stack:
+        if "busy" in load:
+            stack.enter_context(busy_neighbours())
+        row = benchmark.pedantic(lambda: measure(job, "train under load", load))
+    benchmark.extra_info.update(row)
+    rows.append({"group": "train under load", "name": load, **row})
 
 
 def test_results_agree(
@@ -100,9 +128,10 @@ def test_results_agree(
         ours = first.setdefault(row["group"], row)
         row["cpu_ratio"] = row["cpu_seconds"] / ours["cpu_seconds"]
         lines.append(
-            f"{row['group']:20}{row['name']:28}{row['megabytes']:6.1f} MB"
+            f"{row['group']:20}{row['name']:35}{row['megabytes']:6.1f} MB"
             f"{row['cpu_seconds']:8.2f} CPU s{row['wall_seconds']:8.2f} s"
             f"{row['cpu_ratio']:7.2f} x ours{row['peak_megabytes']:7.0f} MB more memory"
+            + (f"{row['wall_ratio']:7.2f} x the time of 1 thread" if "wall_ratio" in row else "")
         )
     out = request.config.getoption("--out")
     if out is not None:

@@ -7,6 +7,8 @@ Prints the row as JSON. The names of groups and contenders are those of bench/te
 
 import hashlib
 import json
+import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +23,8 @@ from tokenizers import models, pre_tokenizers
 from nanochat.text.tokenizer import HuggingFaceTokenizer, byte_level_alphabet
 from nanochat.text.tokenizer_base import SPECIAL_TOKENS, SPLIT_PATTERN
 from rustbpe import Tokenizer
+
+LOAD_ROUNDS = 9
 
 
 def learn(texts: list[str], vocab_size: int, **options: Any) -> Tokenizer:
@@ -64,6 +68,7 @@ def training(name: str, vocab_size: int) -> tuple[Callable[[list[str]], Any], Ca
 
         return lambda texts: HuggingFaceTokenizer.train_from_iterator(texts, size), tokens
     options: dict[str, Any] = {"num_threads": 1} if "1 thread" in name else {}
+    options |= {"num_threads": 4 * len(os.sched_getaffinity(0))} if "4 threads" in name else {}
     options |= {"tie_break": "huggingface"} if "ties" in name else {}
     return (
         lambda texts: learn(texts, vocab_size, **options),
@@ -89,6 +94,21 @@ def encoding(name: str, to_numpy: bool, trained: Tokenizer) -> Callable[[list[st
     return lambda texts: [encode(text) for text in texts]
 
 
+def under_load(call: Callable, texts: list[str], vocab_size: int) -> dict[str, float]:
+    """Wall time of a training over that with one thread: median and maximum of the rounds.
+
+    The two take turns, so that both meet the same load.
+    """
+    ratios = []
+    for _ in range(LOAD_ROUNDS):
+        start = time.perf_counter()
+        learn(texts, vocab_size, num_threads=1)
+        middle = time.perf_counter()
+        call(texts)
+        ratios.append((time.perf_counter() - middle) / (middle - start))
+    return {"wall_ratio": statistics.median(ratios), "wall_ratio_max": max(ratios)}
+
+
 def memory(name: str) -> float:
     """MB of this process, VmRSS now or VmHWM at the peak."""
     status = Path("/proc/self/status").read_text()
@@ -99,7 +119,7 @@ def main() -> None:
     """One measurement: [job, group, name] in the first argument, the row on standard output."""
     job, group, name = json.loads(sys.argv[1])
     texts = json.loads(Path(job["path"]).read_text())
-    some = texts["train"]
+    some = texts["encode" if group == "train under load" else "train"]  # many rounds: the smaller
     if group.startswith("train"):
         call, results = training(name, job["vocab_size"])
     else:
@@ -122,6 +142,8 @@ def main() -> None:
         "peak_megabytes": memory("VmHWM") - before,
         "megabytes": sum(len(text.encode()) for text in some) / 1e6,
     }
+    if group == "train under load":
+        row |= under_load(call, some, job["vocab_size"])
     row["digest"] = hashlib.sha256(b" ".join(results(result))).hexdigest()
     print(json.dumps(row))
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from bench.configurations import write_entry
-from bench.contenders import operations
 from bench.measure import timer_for
 from bench.tuner import Tuner, tasks
 from nanochat.common import setup_training
 from nanochat.kernels.launch import CONFIGS, architecture_of
+from nanochat.kernels.registry import operations
 from nanochat.kernels.workloads import WORKLOADS
 
 LOG = "tune_log.json"
@@ -45,13 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     workloads = [WORKLOADS[name] for name in arguments.workloads]
     major, minor = torch.cuda.get_device_capability(device)
     for task in tasks(ops, workloads, tuner.architecture, dtype):
+        kernel = task.use.config.kernel
         entry = tuner.tune(task, arguments.seconds)
         print(
-            f"{task.use.kernel} {task.use.size}: {entry['origin'] if entry else 'as it was'}",
+            f"{kernel} {task.use.size}: {entry['origin'] if entry else 'as it was'}",
             flush=True,
         )
         if entry:
-            write_entry(arguments.output, f"sm_{major}{minor}", task.use.kernel, entry)
+            write_entry(arguments.output, f"sm_{major}{minor}", kernel, entry)
         if arguments.log:
             (arguments.log / LOG).write_text(json.dumps(tuner.log, indent=1) + "\n")
 

@@ -55,12 +55,10 @@ def tasks(
     found: dict[tuple[str, int, int], list[tuple[bool, float, Task]]] = {}
     for op, workload in itertools.product(ops, workloads):
         moved = op.cost(*op.workload(workload, torch.device("meta"), dtype)).bytes
-        for name in reversed(op.implementations):  # the one `auto` prefers first
-            if not name.startswith("triton"):
-                continue
+        for name in reversed(op.triton_names()):  # the one `auto` prefers first
             for use in uses(op, name, workload, architecture, dtype):
                 if len(candidates(use.entry)) > 1:
-                    key = use.kernel, use.size, use.element_size
+                    key = use.config.kernel, use.size, use.element_size
                     task = Task(use, op, name, workload)
                     found.setdefault(key, []).append((use.forward, moved, task))
     return [max(users, key=lambda user: user[:2])[2] for users in found.values()]
@@ -88,7 +86,7 @@ class Tuner:
             if index and time.perf_counter() > deadline:
                 break
             try:
-                with trial(self.architecture, task.use.kernel, entry):
+                with trial(self.architecture, task.use.config, entry):
                     result = refusal(small.results(task.call), eager, exact)
                 if not result:
                     median = self.medians(task, case, {"": entry}, CANDIDATE_SECONDS)[""]
@@ -120,7 +118,7 @@ class Tuner:
 
         def under(entry: Entry, stage: Stage) -> Stage:
             def run(value: Any) -> Any:
-                with trial(self.architecture, task.use.kernel, entry):
+                with trial(self.architecture, task.use.config, entry):
                     return stage(value)
 
             return run
@@ -140,10 +138,11 @@ class Tuner:
         if self.architecture not in aot.TARGETS:
             return ""
         how = task.op, task.implementation, task.workload, self.architecture
-        with trial(self.architecture, task.use.kernel, entry):
+        with trial(self.architecture, task.use.config, entry):
             recorder, _ = record(*how, self.dtype)
-        rows = [aot.compile_launch(launch, self.architecture) for launch in recorder.launches]
-        return "; ".join(dict.fromkeys(row["faults"] for row in rows if row["faults"]))
+        call = aot.Call(task.op.name, str(self.dtype), task.workload.name, recorder.launches)
+        rows = aot.gate([call], self.architecture)
+        return "; ".join(dict.fromkeys(row.faults for row in rows if row.faults))
 
     def entry(self, task: Task, entry: Entry, after: float, before: float) -> Entry:
         """The entry as the table holds it."""
@@ -157,5 +156,5 @@ class Tuner:
 
     def note(self, task: Task, entry: Entry, result: str) -> None:
         """Add to the log."""
-        call = {"kernel": task.use.kernel, "size": task.use.size, "call": task.what}
+        call = {"kernel": task.use.config.kernel, "size": task.use.size, "call": task.what}
         self.log.append(call | {"entry": entry, "result": result})

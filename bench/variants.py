@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.contenders import COMPILE, EAGER, OURS, operations
+from bench.contenders import COMPILE, EAGER, OURS
 from bench.rows import TIMED
 from nanochat import gpt
-from nanochat.kernels.registry import REGISTRY
+from nanochat.kernels.registry import operations
 from nanochat.optim import adamw, muon
 
 BASELINE, BASE_SPEC = "sdpa", "reference,attention=sdpa"  # references and torch's own attention
@@ -58,11 +58,10 @@ class Variant:
 
 def eager_variants() -> list[Variant]:
     """References, the baseline, every implementation alone on top of it, and `auto`."""
-    operations()
     in_model = {id(x) for module in (gpt, adamw, muon) for x in vars(module).values()}
     alone = [
         f"{op.name}={name}"
-        for op in REGISTRY.values()
+        for op in operations().values()
         if id(op) in in_model
         for name in op.implementations
         if name != "reference" and f"{op.name}={name}" not in BASE_SPEC

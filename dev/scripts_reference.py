@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import get_type_hints
 
 from nanochat.configurator import field_comments
+from nanochat.settings import rule_of
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("python ", "torchrun ")  # how a line of a docstring that is a command begins
@@ -45,10 +46,11 @@ def section(module: ModuleType) -> str:
     prose = [line for line in lines if not line.strip().startswith(COMMANDS)]
     name = module.__name__.removeprefix("scripts.")
     kinds = get_type_hints(module.Settings)
+    hints = get_type_hints(module.Settings, include_extras=True)
     comments = field_comments(module.Settings)
     rows = [
         f"| `--{field.name}` | {kind_name(kinds[field.name])} | `{field.default!r}` "
-        f"| {comments[field.name]} |"
+        f"| {allowed(hints[field.name])} | {comments[field.name]} |"
         for field in dataclasses.fields(module.Settings)
     ]
     return "\n".join(
@@ -58,8 +60,8 @@ def section(module: ModuleType) -> str:
             "```bash",
             *commands,
             "```\n",
-            "| flag | type | default | meaning |",
-            "|---|---|---|---|",
+            "| flag | type | default | allowed | meaning |",
+            "|---|---|---|---|---|",
             *rows,
         ]
     )
@@ -68,6 +70,12 @@ def section(module: ModuleType) -> str:
 def kind_name(kind: object) -> str:
     name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
     return name.replace("|", "\\|")
+
+
+def allowed(hint: object) -> str:
+    """The range or the choices of a setting; nothing where any value is."""
+    rule = rule_of(hint)
+    return rule.allowed if rule else ""
 
 
 def reference() -> str:

@@ -3,8 +3,9 @@
 #
 # A run is a folder of config files, one for each script: configs/speedrun/base_train.py. A stage
 # without a file there is left out, and so is one that --skip=STAGE names, until --with=STAGE takes it
-# back in. What has finished is not done again, an interrupted training goes on where it stopped, and whatever was trained from a model
-# that changes is removed before. Needs `name`, the script's own name, for its messages.
+# back in. What has finished is not done again, an interrupted training continues where it stopped,
+# and whatever was trained from a model that changes is removed first. Needs `name`, the script's own
+# name, for its messages. The stages and their order come from nanochat/stages.py.
 
 usage() {
     echo "usage: bash $name [CONFIG_FOLDER] [--skip=STAGE | --with=STAGE]..." >&2
@@ -31,8 +32,9 @@ begin() {
     marks="$NANOCHAT_BASE_DIR/runs/$tag"
     mkdir -p "$marks"
     changed=false
-    parent=base
-    trap 'echo "$name: stopped; run it again to go on" >&2; exit 130' INT TERM
+    parent=""
+    parent_folder=""
+    trap 'echo "$name: stopped; run it again to continue" >&2; exit 130' INT TERM
 }
 
 left_out() {
@@ -81,14 +83,15 @@ on_gpus() {
 
 # forget_models_after STAGE: removes what was trained from its model.
 forget_models_after() {
-    local model later=false
-    for model in tokenizer base mid chatsft chatrl; do
-        if [ "$later" = true ] && [ -e "$NANOCHAT_BASE_DIR/${model}_checkpoints/$tag" ]; then
-            echo "$name: removing ${model}_checkpoints/$tag: what it was trained from changes"
-            rm -r "${NANOCHAT_BASE_DIR:?}/${model}_checkpoints/$tag"
+    local model models later=false
+    [ "$1" != tokenizer ] || later=true
+    while read -r model _ models _; do
+        if [ "$later" = true ] && [ -e "$NANOCHAT_BASE_DIR/$models/$tag" ]; then
+            echo "$name: removing $models/$tag: what it was trained from changes"
+            rm -r "${NANOCHAT_BASE_DIR:?}/$models/$tag"
         fi
         [ "$model" != "$1" ] || later=true
-    done
+    done <<<"$stages"
 }
 
 # own_tokenizer: a tokenizer of something else stays, since models need the one they learned with.
@@ -111,28 +114,36 @@ evaluate() {
     fi
 }
 
-# train MODEL SCRIPT ARGUMENT...: a stage that leaves a model, then its evaluation in a chat.
+# train MODEL SCRIPT FOLDER PARENT_FLAG SOURCE_FLAG CHAT_EVALUATION EVALUATIONS, a row of
+# `python -m nanochat.stages`: a stage that leaves a model, then the model's evaluations.
 train() {
-    local model=$1 script=$2
-    local output="${model}_checkpoints/$tag/latest.pt"
-    shift 2
+    local model=$1 script=$2 models=$3 parent_flag=$4 source_flag=$5 chat_evaluation=$6
+    local output="$models/$tag/latest.pt" arguments=() evaluation
+    if [ -z "$parent" ]; then  # the first stage, even if it is left out
+        parent=$model
+        parent_folder=$models
+    fi
     if [ ! -f "$folder/$script.py" ] || left_out "$script"; then
         printf '\n== %s: left out\n' "$script"
         return
     fi
+    [ "$source_flag" = - ] || arguments+=("--$source_flag=$parent")
+    [ "$parent_flag" = - ] || arguments+=("--$parent_flag=$parent_folder/$tag/latest.pt")
     is_done "$script" "$output" || forget_models_after "$model"
     once "$script" "$output" \
-        on_gpus "$script" "$folder/$script.py" "$@" --model_tag="$tag" --resume
+        on_gpus "$script" "$folder/$script.py" "${arguments[@]}" --model_tag="$tag" --resume
     parent=$model
-    if [ "$model" = base ]; then
-        evaluate base_loss base_loss "$output"
-        evaluate base_eval base_eval "$output"
-    fi
-    evaluate "chat_eval_${model#chat}" chat_eval "$output"
+    parent_folder=$models
+    for evaluation in ${7//,/ }; do
+        [ "$evaluation" = - ] || evaluate "$evaluation" "$evaluation" "$output"
+    done
+    evaluate "$chat_evaluation" chat_eval "$output"
 }
 
-# train_and_evaluate: every stage behind the data.
+# train_and_evaluate: every stage after the data.
 train_and_evaluate() {
+    local stages row
+    stages=$(python -m nanochat.stages)
     if [ -f "$folder/tok_train.py" ]; then
         if ! is_done tok_train tokenizer/tokenizer_ranks.json; then
             own_tokenizer
@@ -145,17 +156,17 @@ train_and_evaluate() {
         look tok_eval tokenizer/tokenizer_ranks.json \
             python -m scripts.tok_eval "$folder/tok_eval.py"
     fi
-    train base base_train
-    train mid mid_train --base_checkpoint="base_checkpoints/$tag/latest.pt"
-    train chatsft chat_sft --source="$parent" --mid_checkpoint="${parent}_checkpoints/$tag/latest.pt"
-    train chatrl chat_rl --source="$parent" --sft_checkpoint="${parent}_checkpoints/$tag/latest.pt"
+    while read -r -u 3 row; do  # the stages themselves keep standard input
+        # shellcheck disable=SC2086  # a row is words
+        train $row
+    done 3<<<"$stages"
     python -m nanochat.report generate
     if [ -f "$folder/chat_cli.py" ]; then
         printf '\n== one answer\n'
         python -m scripts.chat_cli "$folder/chat_cli.py" \
-            --checkpoint="${parent}_checkpoints/$tag/latest.pt"
+            --checkpoint="$parent_folder/$tag/latest.pt"
     fi
     printf '\n%s: finished; the report is %s\n' "$name" "$NANOCHAT_BASE_DIR/report/report.md"
     printf 'talk to it: python -m scripts.chat_web --checkpoint=%s\n' \
-        "${parent}_checkpoints/$tag/latest.pt"
+        "$parent_folder/$tag/latest.pt"
 }

@@ -37,6 +37,23 @@ def get_base_dir() -> Path:
     return base_dir
 
 
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file so that at any moment it is the old or the new one, whole.
+
+    The folder is created where it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # the rename must not reach the disk before what it names
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def print0(*values: object) -> None:
     """print, on rank 0 only."""
     if int(os.environ.get("RANK", "0")) == 0:
@@ -95,9 +112,11 @@ def setup_training(device: str = "auto", seed: int = 42) -> Runtime:
         for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
     )
     if chosen.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
+        # every rank of the machine finds the mistake, so that the first can say it
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+        if local_ranks > torch.cuda.device_count():
             raise ValueError(
-                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} found; "
+                f"{local_ranks} ranks on this machine, {torch.cuda.device_count()} GPUs found; "
                 f"start torchrun with --nproc_per_node={torch.cuda.device_count()}"
             )
         chosen = torch.device("cuda", local_rank)
@@ -176,7 +195,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a program that a signal ended, so that it does not go on."""
+        """What a shell expects of a program that a signal ended, so that it stops as well."""
         return 128 + (self.number or signal.SIGTERM)
 
     def agreed(self, runtime: Runtime) -> bool:

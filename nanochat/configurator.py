@@ -3,32 +3,47 @@
     python -m scripts.base_train configs/dual_gpu/stable_26gb.py --depth=12
     python -m scripts.base_train --config configs/dual_gpu/stable_26gb.py --depth 12
 
-A stage declares one flat frozen dataclass; the comment behind each field is its help text. A config
-file is ordinary Python, run in its own namespace: its public values are settings, while names that
-begin with an underscore and whatever it imports or defines (modules, functions, classes) are not.
+A script declares one flat frozen dataclass: the comment at the end of a field's line is its help
+text, its annotation says what is allowed (nanochat/settings.py). A config file is ordinary Python,
+run in its own namespace: its public values are settings, while names that begin with an underscore
+and whatever it imports or defines (modules, functions, classes) are not.
 """
 
 import __future__
 
 import ast
 import dataclasses
-import difflib
 import inspect
 import io
 import runpy
 import sys
 import textwrap
 import tokenize
+import traceback
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from nanochat.command import usage_error
+from nanochat.settings import near_miss, problem, rule_of
+
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
 SWITCH_WORDS = {"true": True, "1": True, "false": False, "0": False}
+# what a config file, which is any Python, may come to grief on
+CONFIG_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 
 SettingsT = TypeVar("SettingsT")
 
@@ -43,27 +58,47 @@ def load(settings_class: type[SettingsT], argv: Sequence[str] | None = None) -> 
 
     Raises:
         FileNotFoundError: a config file is neither under the working directory nor in the checkout.
-        ValueError: a config file sets an unknown name or a value of the wrong type.
+        ValueError: a config file sets an unknown name, or a value of the wrong type or range.
         SystemExit: status 2 for a bad flag, with the nearest real one; 0 after --help.
     """
-    kinds = typing.get_type_hints(settings_class)
-    assert "config" not in kinds, "--config is the flag that names a config file"
-    paths, flags = split_arguments(settings_class, sys.argv[1:] if argv is None else argv)
+    hints = typing.get_type_hints(settings_class, include_extras=True)
+    assert "config" not in hints, "--config is the flag that names a config file"
+    arguments = split_arguments(settings_class, sys.argv[1:] if argv is None else argv)
     values: dict[str, Any] = {}
-    for path in paths:
+    for path in arguments.paths:
         resolved = find_config(path)
         for name, value in read_config(resolved).items():
-            if name not in kinds:
-                raise ValueError(f"{resolved}: unknown setting {name!r}{near_miss(name, kinds)}")
-            values[name] = check_value(resolved, name, value, kinds[name])
-    return tyro.cli(
-        settings_class,
-        args=flags,
-        default=settings_class(**values),
+            if name not in hints:
+                raise ValueError(f"{resolved}: unknown setting {name!r}{near_miss(name, hints)}")
+            values[name] = check_value(resolved, name, value, hints[name])
+    defaults = values
+    values = {**values, **arguments.values}
+    if arguments.help:
+        print_help(settings_class, settings_class(**defaults))
+    return settings_class(**values)
+
+
+def print_help(settings_class: type, defaults: object) -> typing.NoReturn:
+    """Print every flag with its meaning, what it may be and its default; leave with status 0."""
+    comments = field_comments(settings_class)
+    hints = typing.get_type_hints(settings_class, include_extras=True)
+    fields: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(settings_class):
+        hint = hints[field.name]
+        rule = rule_of(hint)
+        text = comments[field.name] + (f" ({rule.allowed})" if rule else "")
+        argument = tyro.conf.arg(aliases=aliases(hint), help=text)
+        plain = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+        default = dataclasses.field(default=getattr(defaults, field.name))
+        fields.append((field.name, Annotated[plain, argument], default))
+    tyro.cli(
+        dataclasses.make_dataclass(settings_class.__name__, fields),
+        args=["--help"],
         description=(settings_class.__doc__ or "") + "\n\nConfig files (FILE.py or --config FILE) "
         "replace the defaults in the order given; flags replace both.",
         use_underscores=True,
     )
+    raise AssertionError("--help exits")
 
 
 class Configurator:
@@ -128,16 +163,25 @@ def field_comments(settings_class: type) -> dict[str, str]:
     return {field.name: comments[field.name] for field in dataclasses.fields(settings_class)}
 
 
-def split_arguments(settings_class: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part a command line into config files and flags.
+@dataclasses.dataclass
+class Arguments:
+    """A command line, taken apart: config files in order, values by field."""
 
-    Every flag comes back as one word, so that no value is taken for a config file or for another
-    flag: `--eval_every -1` is `--eval_every=-1`, `--compile=1` is `--compile`.
+    paths: list[str] = dataclasses.field(default_factory=list)
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    help: bool = False
+
+
+def split_arguments(settings_class: type, argv: Sequence[str]) -> Arguments:
+    """Part a command line into config files and checked values.
+
+    A flag takes the next word whatever it looks like, so that no value is mistaken for a config
+    file or for another flag: `--eval_every -1` is `--eval_every=-1`; `--compile` takes one only if
+    it is true or false. Leaves with status 2 for whatever is no flag, or not what a flag may be.
     """
-    kinds = {**typing.get_type_hints(settings_class), "config": str}
+    hints = {**typing.get_type_hints(settings_class, include_extras=True), "config": str}
     names = flag_names(settings_class)
-    paths: list[str] = []
-    flags: list[str] = []
+    found = Arguments()
     words = [word for word in argv if word != "--"]  # `torchrun -m scripts.x -- --depth=12`
     while words:
         word = words.pop(0)
@@ -145,24 +189,26 @@ def split_arguments(settings_class: type, argv: Sequence[str]) -> tuple[list[str
         if flag.startswith("--"):
             flag = "--" + flag[2:].replace("-", "_")
         if not word.startswith("-"):
-            (paths if word.endswith(".py") else flags).append(word)
+            if not word.endswith(".py"):
+                usage_error(f"{word!r} is neither a flag (--name=value) nor a config file (.py)")
+            found.paths.append(word)
         elif flag in ("-h", "--help"):
-            flags.append("--help")
+            found.help = True
         elif flag not in names:
             usage_error(f"unknown flag {word!r}{near_miss(flag, names)}")
-        elif kinds[names[flag]] is bool:
+        elif hints[names[flag]] is bool:
             if not equals and words and words[0].lower() in SWITCH_WORDS:
                 value = words.pop(0)
-            flags.append(switch(names[flag], flag, value if equals else value or "true"))
+            found.values[names[flag]] = switch(flag, value if equals else value or "true")
         else:
             if not equals and not words:
                 usage_error(f"{flag} needs a value")
             value = value if equals else words.pop(0)
             if names[flag] == "config":
-                paths.append(value)
+                found.paths.append(value)
             else:
-                flags.append(f"--{names[flag]}={value}")
-    return paths, flags
+                found.values[names[flag]] = convert(flag, value, hints[names[flag]])
+    return found
 
 
 def flag_names(settings_class: type) -> dict[str, str]:
@@ -172,22 +218,40 @@ def flag_names(settings_class: type) -> dict[str, str]:
         names[f"--{name}"] = name
         if hint is bool:
             names[f"--no_{name}"] = name
-        for extra in getattr(hint, "__metadata__", ()):
-            names.update(dict.fromkeys(getattr(extra, "aliases", None) or (), name))
+        names.update(dict.fromkeys(aliases(hint), name))
     return names
 
 
-def switch(name: str, flag: str, value: str) -> str:
-    """The valueless form of `flag` set to `value`, one of SWITCH_WORDS."""
+def aliases(hint: Any) -> tuple[str, ...]:
+    """Other flags of a field: Annotated[int, tyro.conf.arg(aliases=["-n"])]."""
+    extras = getattr(hint, "__metadata__", ())
+    return tuple(a for extra in extras for a in getattr(extra, "aliases", None) or ())
+
+
+def switch(flag: str, value: str) -> bool:
+    """What a flag of a bool means with `value`, one of SWITCH_WORDS; --no_ turns it round."""
     if value.lower() not in SWITCH_WORDS:
         usage_error(f"{flag}={value}: wanted one of {', '.join(SWITCH_WORDS)}")
-    is_on = SWITCH_WORDS[value.lower()] != flag.startswith("--no_")
-    return f"--{name}" if is_on else f"--no_{name}"
+    return SWITCH_WORDS[value.lower()] != flag.startswith("--no_")
 
 
-def usage_error(message: str) -> typing.NoReturn:
-    print(f"error: {message} (see --help)", file=sys.stderr)
-    sys.exit(2)
+def convert(flag: str, text: str, hint: Any) -> Any:
+    """The value a flag's text stands for; leaves with status 2 if it may not be that."""
+    for option in options_of(hint):
+        try:
+            if option is type(None):
+                value = {"none": None}[text.lower()]
+            elif typing.get_origin(option) is typing.Literal:
+                value = {str(choice): choice for choice in typing.get_args(option)}[text]
+            else:
+                value = option(text)
+        except (ValueError, KeyError):
+            continue
+        wrong = problem(value, hint)
+        if wrong:
+            usage_error(f"{flag}={text} {wrong}")
+        return value
+    return usage_error(f"{flag}={text}: wanted {wanted(hint)}")
 
 
 def find_config(path: str | Path) -> Path:
@@ -202,34 +266,54 @@ def find_config(path: str | Path) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Run a config file in a namespace of its own and return its public values."""
+    """Run a config file in a namespace of its own and return its public values.
+
+    Raises  ValueError naming the file and the error if it does not run.
+    """
+    try:
+        values = runpy.run_path(str(path))
+    except CONFIG_ERRORS as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == str(path)]  # fmt: skip
+        line = error.lineno if isinstance(error, SyntaxError) else [*lines, None][0]
+        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
     return {
         name: value
-        for name, value in runpy.run_path(str(path)).items()
+        for name, value in values.items()
         if not name.startswith("_")
         and not isinstance(value, types.ModuleType | __future__._Feature)
         and not callable(value)
     }
 
 
-def check_value(path: Path, name: str, value: Any, kind: Any) -> Any:
-    """`value` as a `kind`: ints pass for floats, nothing else is converted."""
-    for option in typing.get_args(kind) if is_union(kind) else (kind,):
+def check_value(path: Path, name: str, value: Any, hint: Any) -> Any:
+    """`value` as the field `name` takes it: ints pass for floats, nothing else is converted."""
+    for option in options_of(hint):
         if option is float and type(value) is int:
-            return float(value)
+            value = float(value)
         if typing.get_origin(option) is typing.Literal:
-            if value in typing.get_args(option):
-                return value
-        elif type(value) is option:
+            fits = value in typing.get_args(option)
+        else:
+            fits = type(value) is option
+        if fits:
+            wrong = problem(value, hint)
+            if wrong:
+                raise ValueError(f"{path}: {name} = {value!r} {wrong}")
             return value
-    wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-    raise ValueError(f"{path}: {name} = {value!r} is a {type(value).__name__}, wanted {wanted}")
+    kind = type(value).__name__
+    raise ValueError(f"{path}: {name} = {value!r} is a {kind}, wanted {wanted(hint)}")
 
 
-def is_union(kind: Any) -> bool:
-    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+def options_of(hint: Any) -> tuple[Any, ...]:
+    """The types an annotation stands for: one, or the members of a union."""
+    plain = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+    union = typing.get_origin(plain) in (typing.Union, types.UnionType)
+    return typing.get_args(plain) if union else (plain,)
 
 
-def near_miss(name: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
+def wanted(hint: Any) -> str:
+    """The type and what it may be: "int, at least 1"."""
+    plain = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+    kind = plain.__name__ if isinstance(plain, type) else str(plain).replace("typing.", "")
+    rule = rule_of(hint)
+    return f"{kind}, {rule.allowed}" if rule else kind

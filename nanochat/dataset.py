@@ -17,14 +17,16 @@ from typing import Annotated
 import tyro
 from filelock import FileLock
 
-from nanochat import configurator
+from nanochat import command, configurator
 from nanochat.common import get_base_dir, print0
 from nanochat.data import embedded
 from nanochat.data.hub import HUB, download
 from nanochat.data.shards import row_blocks, write_shards
+from nanochat.settings import Choices, Count, CountOrMinusOne
 
 EMBEDDED_FOLDER = "base_data_embedded"
 NAMES = ("embedded", *HUB)
+DATASETS = ("auto", *NAMES)  # what --dataset of the scripts may be
 
 
 def resolve_data_dir(dataset: str, data_dir: str, base_dir: Path) -> Path:
@@ -61,7 +63,7 @@ def prepare_embedded(base_dir: Path) -> Path:
 
 def _imported(folder: Path, base_dir: Path) -> Path:
     if not folder.is_dir():
-        raise ValueError(f"data_dir {folder} is no folder; name one with parquet, JSONL or text")
+        raise ValueError(f"data_dir {folder} is not a folder; name one with parquet, JSONL or text")
     if any(folder.glob("*.parquet")):
         return folder
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".jsonl", ".txt", ".md"))
@@ -97,9 +99,9 @@ def _read_files(files: list[Path]) -> Iterator[str]:
 class Settings:
     """Bring pretraining text."""
 
-    dataset: str = "fineweb-edu"  # embedded, fineweb-edu or climbmix
-    num_files: Annotated[int, tyro.conf.arg(aliases=["-n"])] = -1  # shards to download; -1 is all
-    num_workers: Annotated[int, tyro.conf.arg(aliases=["-w"])] = 4  # downloads at a time
+    dataset: Annotated[str, Choices(NAMES)] = "fineweb-edu"  # which text
+    num_files: Annotated[CountOrMinusOne, tyro.conf.arg(aliases=["-n"])] = -1  # shards; -1 is all
+    num_workers: Annotated[Count, tyro.conf.arg(aliases=["-w"])] = 4  # downloads at a time
 
 
 def main() -> None:
@@ -116,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

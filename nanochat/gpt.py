@@ -22,6 +22,7 @@ from nanochat.kernels.relu2_mlp import relu2_mlp
 from nanochat.kernels.rms_norm import add_rms_norm, rms_norm
 from nanochat.optim.adamw import AdamW, DistAdamW
 from nanochat.optim.muon import DistMuon, Muon
+from nanochat.optim.sharding import BucketOptimizer
 
 SOFTCAP = 15.0
 ROPE_BASE = 10_000.0
@@ -307,7 +308,7 @@ class GPT(nn.Module):
         weight_decay: float,
         distributed: bool,
         newton_schulz: str = "muon",
-    ) -> list[AdamW | Muon]:
+    ) -> list[BucketOptimizer]:
         """AdamW for embedding and head (rates scaled by width), Muon for the blocks' matrices.
 
         newton_schulz  coefficients of Muon: "muon" or "polar_express".

@@ -16,30 +16,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import get_base_dir
+from nanochat import command, stages
+from nanochat.common import get_base_dir, replace_file
 from nanochat.tracking import METRICS_FILE, environment, read_records
 
-STAGE_TITLES = {
-    "tok_train": "Tokenizer training",
-    "tok_eval": "Tokenizer evaluation",
-    "base": "Base training",
-    "base_loss": "Base loss",
-    "base_eval": "Base evaluation",
-    "chat_eval_base": "Chat evaluation of the base model",
-    "mid": "Midtraining",
-    "chat_eval_mid": "Chat evaluation after midtraining",
-    "chatsft": "Supervised finetuning",
-    "chat_eval_sft": "Chat evaluation after supervised finetuning",
-    "chatrl": "Reinforcement learning",
-    "chat_eval_rl": "Chat evaluation after reinforcement learning",
-}
-# columns of the summary: who trained the model, who evaluated its answers
-SUMMARY_COLUMNS = {
-    "BASE": ("base", "chat_eval_base"),
-    "MID": ("mid", "chat_eval_mid"),
-    "SFT": ("chatsft", "chat_eval_sft"),
-    "RL": ("chatrl", "chat_eval_rl"),
-}
 PLAN_ROWS = {
     "depth": "depth",
     "num_params": "parameters",
@@ -59,8 +39,8 @@ CURVES = (
     ("train", "length", "tokens of an answer, mean"),
     ("eval", "pass@1", "pass@1"),
 )
-# kinds of records that are told in another way; the last step of any other is a table of results
-TOLD_APART = {"start", "resume", "plan", "train", "sample", "end"}
+# kinds of records with a section of their own; the last step of any other becomes a table
+SHOWN_ELSEWHERE = {"start", "resume", "plan", "train", "sample", "end"}
 # values of a record that are not results
 BOOKKEEPING = {"time", "run", "stage", "kind", "step", "settings", "environment"}
 STEADY_AFTER = (
@@ -75,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="nanochat.report", description="report.md from the records of every run."
     )
+    parser.error = command.usage_error
     parser.add_argument("command", choices=["generate", "reset"])
     for option in ("--base_dir", "--output"):
         parser.add_argument(option, option.replace("_", "-"), type=Path, default=None)
@@ -86,21 +67,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     output = arguments.output or base_dir / "report" / "report.md"
     if not generate(base_dir, output):
-        raise SystemExit(f"no {METRICS_FILE} under {base_dir}: run a stage first, then report")
+        raise ValueError(f"no {METRICS_FILE} under {base_dir}: run a stage first, then report")
     print(output)
 
 
 def generate(base_dir: Path, output: Path) -> bool:
     """Write the report, its pictures beside it; False, and nothing written, without records."""
-    stages = collect(base_dir)
-    if not stages:
+    runs = collect(base_dir)
+    if not runs:
         return False
     output.parent.mkdir(parents=True, exist_ok=True)
-    sections = [_header(stages), _summary(stages)]
-    for stage, records in stages.items():
+    sections = [_header(runs), _summary(runs)]
+    for stage, records in runs.items():
         sections.append(_stage_section(stage, records, output.parent))
-    sections.append(_wall_clock(stages))
-    output.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
+    sections.append(_wall_clock(runs))
+    replace_file(output, "\n\n".join(filter(None, sections)) + "\n")
     return True
 
 
@@ -116,7 +97,7 @@ def collect(base_dir: Path) -> dict[str, list[Record]]:
             chosen = [record for record in records if record.get("run") == run]
             if stage not in latest or _time(chosen[-1]) >= _time(latest[stage][-1]):
                 latest[stage] = chosen
-    order = [*STAGE_TITLES, *sorted(latest.keys() - STAGE_TITLES.keys())]
+    order = [*stages.titles(), *sorted(latest.keys() - stages.titles().keys())]
     return {stage: latest[stage] for stage in order if stage in latest}
 
 
@@ -141,8 +122,8 @@ def number(value: object) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _header(stages: Mapping[str, list[Record]]) -> str:
-    starts = [r for records in stages.values() for r in records if "environment" in r]
+def _header(runs: Mapping[str, list[Record]]) -> str:
+    starts = [r for records in runs.values() for r in records if "environment" in r]
     known: Record = starts[-1]["environment"] if starts else environment()
     machine: Record = known.get("hardware") or {}
     gpus = [str(gpu.get("name")) for gpu in machine.get("gpus") or []]
@@ -156,7 +137,7 @@ def _header(stages: Mapping[str, list[Record]]) -> str:
         *((name, known.get(name)) for name in ("python", "torch", "triton", "cuda", "platform")),
     ]
     parts = ["# nanochat report", table(["", ""], rows)]
-    absent = [title for stage, title in STAGE_TITLES.items() if stage not in stages]
+    absent = [title for stage, title in stages.titles().items() if stage not in runs]
     if absent:
         parts.append(f"Not run: {', '.join(absent)}.")
     return "\n\n".join(parts)
@@ -164,7 +145,7 @@ def _header(stages: Mapping[str, list[Record]]) -> str:
 
 def _stage_section(stage: str, records: list[Record], folder: Path) -> str:
     trained = _series(records, "train")
-    parts = [f"## {STAGE_TITLES.get(stage, stage)}"]
+    parts = [f"## {stages.titles().get(stage, stage)}"]
     rows = _training_rows(records, trained) if trained else _result_rows(records)
     if rows:
         parts.append(table(["", ""], rows))
@@ -195,11 +176,12 @@ def _training_rows(records: list[Record], trained: list[Record]) -> list[tuple[s
         if "flops_per_token_causal" in plan:
             rows.append(("training FLOPs, causal", float(tokens * plan["flops_per_token_causal"])))
     steady = trained[STEADY_AFTER:] or trained
+    emulated = ", emulated: no speed" if any(r.get("emulated") for r in steady) else ""
     for key, title in (
         ("step_seconds", "seconds per step, median"),
         ("tokens_per_second", "tokens/s, median"),
     ):
-        rows.append((title, _median(steady, key)))
+        rows.append((title + emulated, _median(steady, key)))
     shares = (
         ("mfu_causal", "MFU against the datasheet, causal FLOPs"),
         ("mfu_nanochat", "MFU against the datasheet, nanochat formula"),
@@ -235,7 +217,7 @@ def _result_tables(records: list[Record]) -> list[str]:
     """A table for each kind of result, such as losses of splits and scores of tasks."""
     by_kind: dict[str, list[Record]] = {}
     for record in records:
-        if record.get("kind") not in TOLD_APART and "step" in record:
+        if record.get("kind") not in SHOWN_ELSEWHERE and "step" in record:
             by_kind.setdefault(str(record.get("kind")), []).append(record)
     tables = []
     for results in map(_last_step, by_kind.values()):
@@ -269,36 +251,36 @@ def _plot(stage: str, records: list[Record], folder: Path) -> str:
     return f"![{'; '.join(label for label, _ in points)}]({stage}.png)"
 
 
-def _summary(stages: Mapping[str, list[Record]]) -> str:
+def _summary(runs: Mapping[str, list[Record]]) -> str:
     """Every stage's model beside the others; "" before any was evaluated."""
     cells: dict[str, dict[str, float]] = {}
-    for column, (trainer, evaluator) in SUMMARY_COLUMNS.items():
+    for stage in stages.STAGES:
         scores: list[tuple[str, Any]] = [
             ("validation bpb", record.get("bpb"))
-            for record in _series(stages.get(trainer, []), "eval")
+            for record in _series(runs.get(stage.name, []), "eval")
         ]
-        if column == "BASE":
-            for stage in (trainer, "base_eval"):
-                scores += [("CORE", record.get("core")) for record in stages.get(stage, [])]
-        for record in stages.get(evaluator, []):
+        for name in (stage.name, *(script for script, _ in stage.evaluations)):
+            scores += [("CORE", record.get("core")) for record in runs.get(name, [])]
+        for record in runs.get(stage.chat_evaluation, []):
             if record.get("kind") == "task":
                 scores.append((str(record.get("task")), record.get("accuracy")))
             scores.append(("ChatCORE", record.get("chatcore")))
         for row, score in scores:
             if _is_number(score):
-                cells.setdefault(row, {})[column] = score
+                cells.setdefault(row, {})[stage.column] = score
     if not cells:
         return ""
-    rows = [(row, *(found.get(c, "-") for c in SUMMARY_COLUMNS)) for row, found in cells.items()]
-    return "## Summary\n\n" + table(["", *SUMMARY_COLUMNS], rows)
+    columns = [stage.column for stage in stages.STAGES]
+    rows = [(row, *(found.get(c, "-") for c in columns)) for row, found in cells.items()]
+    return "## Summary\n\n" + table(["", *columns], rows)
 
 
-def _wall_clock(stages: Mapping[str, list[Record]]) -> str:
+def _wall_clock(runs: Mapping[str, list[Record]]) -> str:
     rows = []
-    for stage, records in stages.items():
+    for stage, records in runs.items():
         measured = _merged(records, "end").get("wall_seconds")
         seconds = measured if _is_number(measured) else _time(records[-1]) - _time(records[0])
-        rows.append((STAGE_TITLES.get(stage, stage), seconds))
+        rows.append((stages.titles().get(stage, stage), seconds))
     rows.append(("total", sum(seconds for _, seconds in rows)))
     cells = [(title, f"{seconds / 60:.1f}") for title, seconds in rows]
     return "## Wall clock\n\n" + table(["stage", "minutes"], cells)
@@ -343,4 +325,4 @@ def _time(record: Record) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,8 +1,8 @@
 """Records of a run: metrics.jsonl always, Weights & Biases when a run is named.
 
 One record is one line of strict JSON with `time`, `run`, `stage`, `kind` and `step`. A run begins
-with a "start" record (environment, settings, kernels); a resumed one keeps its identifier and goes
-on in the same file, so a file reads as if the run had never stopped.
+with a "start" record (environment, settings, kernels); a resumed one keeps its identifier and
+continues the same file, so a file reads as if the run had never stopped.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from nanochat import hardware
-from nanochat.common import Runtime
+from nanochat.common import Runtime, replace_file
 
 METRICS_FILE = "metrics.jsonl"
 RESERVED = ("time", "run", "stage", "kind", "step")
@@ -161,12 +161,8 @@ class Tracker:
                 if record.get("step") == resume_step and record.get("kind") != "resume":
                     self._already.add(_identity(record))
             kept.append(record)
-        cut = self.path.with_name(f".{METRICS_FILE}.tmp")
-        with cut.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        cut.replace(self.path)
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        replace_file(self.path, "".join(lines))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -219,7 +215,12 @@ def jsonable(value: object) -> Any:
 
 
 def _identity(record: Mapping[str, object]) -> tuple[object, ...]:
-    return tuple(record.get(name) for name in ("run", "kind", "step", "split", "prompt"))
+    """What a record is about: its step and every name in it (run, kind, split, task, prompt, ...).
+
+    Numbers are what was measured; the same thing measured again has the same identity.
+    """
+    named = {k: v for k, v in record.items() if isinstance(v, str) and k != "time"}
+    return (record.get("step"), *sorted(named.items()))
 
 
 def _end_last_line(path: Path) -> None:

@@ -6,6 +6,10 @@ import numpy.typing as npt
 
 __version__: str
 
+def default_num_threads() -> int:
+    """Processors this process may use: its CPU affinity, limited by the quota of its cgroup and of
+    the enclosing ones (a container's, say), rounded up.
+    """
 @final
 class Tokenizer:
     """A byte-level BPE tokenizer: train it, or load ranks, then encode and decode."""
@@ -41,7 +45,7 @@ class Tokenizer:
         pattern      split pattern, GPT-4's by default
         progress     called some times a second as progress(stage, done, total): ("count", bytes,
                      None), then ("merge", merges, merges wanted); an exception ends the training
-        num_threads  threads, one for each processor by default; of many, four merge
+        num_threads  threads that count, default_num_threads() by default; one of them merges
         tie_break    "rustbpe" or "huggingface": which of equally frequent pairs comes first
 
         The result depends on the texts, pattern and tie_break only. A training that fails leaves
@@ -66,13 +70,13 @@ class Tokenizer:
         """
 
     def encode_batch(self, texts: Sequence[str], num_threads: int | None = None) -> list[list[int]]:
-        """Token ids of each text of a sequence, with one thread for each processor by default.
+        """Token ids of each text of a sequence, with default_num_threads() threads by default.
 
         Raises  ValueError as encode.
         """
 
     def batch_encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """encode_batch with one thread for each processor."""
+        """encode_batch with default_num_threads() threads."""
 
     def encode_to_numpy(
         self, texts: Sequence[str], num_threads: int | None = None

@@ -8,12 +8,14 @@ import csv
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from nanochat import configurator
+from nanochat import command, configurator, stages
 from nanochat.common import Runtime, print0, setup_training
 from nanochat.eval.core import centred, evaluate_task
 from nanochat.eval.core_bundle import get_bundle, load_tasks
 from nanochat.kernels.registry import format_choices, select
+from nanochat.settings import Choices, Count, CountOrMinusOne, Device
 from nanochat.text.tokenizer import get_tokenizer
 from nanochat.tracking import Tracker
 from nanochat.train import run
@@ -25,20 +27,22 @@ class Settings:
 
     checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
     model_tag: str = ""  # tag to look in when --checkpoint is empty or a step
-    source: str = "base"  # stage of the checkpoint: base, mid, chatsft or chatrl
+    source: Annotated[str, Choices(stages.names)] = "base"  # stage of the checkpoint
     tasks: str = ""  # comma-separated labels; empty is all 22, which alone give a CORE score
-    max_per_task: int = -1  # examples of each task, after shuffling; -1 is all
+    max_per_task: CountOrMinusOne = -1  # examples of each task, after shuffling; -1 is all
     bundle_dir: str = ""  # unpacked evaluation bundle; empty downloads it to the base directory
-    batch_tokens: int = 32_768  # positions that pass the model together
+    batch_tokens: Count = 32_768  # positions that pass the model together
     tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
-    device: str = "auto"  # auto, cuda, mps or cpu
+    device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
     kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
+    verbose: bool = False  # print why each operation runs as it does
 
 
 def main() -> None:
     settings = configurator.load(Settings)
     runtime = setup_training(settings.device)
-    print0(format_choices(select(settings.kernels, runtime.device, runtime.dtype)))
+    kernels = select(settings.kernels, runtime.device, runtime.dtype)
+    print0(format_choices(kernels, settings.verbose))
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
     model, meta, path = run.load_pretrained(
         settings.checkpoint, settings.source, runtime, tokenizer, settings.model_tag
@@ -84,4 +88,4 @@ def write_csv(runtime: Runtime, meta: dict, rows: list[tuple[str, float | None, 
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

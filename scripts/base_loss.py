@@ -3,18 +3,21 @@
 python -m scripts.base_loss --checkpoint=base_checkpoints/latest.pt
 """
 
-import itertools
 from dataclasses import dataclass
+from typing import Annotated
 
-from nanochat import configurator
+from nanochat import command, configurator
 from nanochat.common import print0, setup_training
 from nanochat.data.dataloader import CUDAPrefetcher, DataLoader
-from nanochat.dataset import resolve_data_dir
+from nanochat.data.shards import list_shards
+from nanochat.dataset import DATASETS, resolve_data_dir
 from nanochat.eval.loss import evaluate_bpb
 from nanochat.kernels.registry import format_choices, select
+from nanochat.settings import Choices, Count, Device, NonNegative
 from nanochat.text.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.tracking import Tracker
 from nanochat.train import run
+from nanochat.train.session import first_batches
 
 PROMPTS = ("The", "The capital of France is", "Returns", "def ", "")
 SAMPLE_TOKENS = 64
@@ -26,28 +29,31 @@ class Settings:
 
     checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
     model_tag: str = ""  # tag to look in when --checkpoint is empty or a step
-    dataset: str = "auto"  # embedded, fineweb-edu, climbmix, or auto: what is downloaded
+    dataset: Annotated[str, Choices(DATASETS)] = "auto"  # auto: what is downloaded, else embedded
     data_dir: str = ""  # folder of parquet, JSONL or text files instead of a dataset
     tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
-    device: str = "auto"  # auto, cuda, mps or cpu
-    device_batch_size: int = 32  # sequences a device holds at once
-    split_tokens: int = 20 * 524_288  # tokens scored of each split, over all devices
-    temperature: float = 0.8  # of the samples; 0 takes the likeliest token
+    device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
+    device_batch_size: Count = 32  # sequences a device holds at once
+    split_tokens: Count = 20 * 524_288  # tokens scored of each split, over all devices
+    temperature: NonNegative = 0.8  # of the samples; 0 takes the likeliest token
     kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
+    verbose: bool = False  # print why each operation runs as it does
     skip_bad_shards: bool = False  # leave out unreadable shards instead of stopping
 
 
 def main() -> None:
     settings = configurator.load(Settings)
     runtime = setup_training(settings.device)
-    print0(format_choices(select(settings.kernels, runtime.device, runtime.dtype)))
+    kernels = select(settings.kernels, runtime.device, runtime.dtype)
+    print0(format_choices(kernels, settings.verbose))
+    data_dir = resolve_data_dir(settings.dataset, settings.data_dir, runtime.base_dir)
+    list_shards(data_dir)
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
     model, meta, path = run.load_pretrained(
         settings.checkpoint, "base", runtime, tokenizer, settings.model_tag
     )
     model.eval()
     token_bytes = get_token_bytes(runtime.device, settings.tokenizer_dir or None)
-    data_dir = resolve_data_dir(settings.dataset, settings.data_dir, runtime.base_dir)
     tracker = Tracker(path.parent, runtime, "base_loss", settings, header={"checkpoint": str(path)})
 
     sequence_len = model.config.sequence_len
@@ -67,10 +73,8 @@ def main() -> None:
             ),
             runtime.device,
         )
-        pairs = ((batch.inputs, batch.targets) for batch in batches)
-        num_batches = max(1, settings.split_tokens // micro_batch)
-        bpb = evaluate_bpb(model, itertools.islice(pairs, num_batches), token_bytes, runtime)
-        batches.close()
+        pairs = first_batches(batches, max(1, settings.split_tokens // micro_batch))
+        bpb = evaluate_bpb(model, pairs, token_bytes, runtime)
         tracker.log("eval", meta["step"], split=split, bpb=bpb)
         print0(f"{split:5} bpb {bpb:.4f}")
     for seed, prompt in enumerate(PROMPTS if runtime.is_main else ()):
@@ -84,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -10,16 +10,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from nanochat import configurator
-from nanochat.common import print0, setup_training
+from nanochat import command, configurator, stages
+from nanochat.common import print0
 from nanochat.infer.engine import Engine
 from nanochat.infer.requests import Request
 from nanochat.infer.sampling import SamplingSettings
-from nanochat.kernels.registry import select
 from nanochat.serve.answer import AnswerReader
+from nanochat.serve.chat_model import load_chat_model
 from nanochat.serve.prompt import fit_prompt
-from nanochat.text.tokenizer import get_tokenizer
-from nanochat.train import run
+from nanochat.settings import Choices, Count, CountOrZero, Device, NonNegative, Range, Seed
 
 HELP = "/clear forgets the conversation, /help prints this, /quit or Ctrl-D leaves"
 
@@ -29,43 +28,43 @@ class Settings:
     """Chat in the terminal."""
 
     checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base, mid, sft or rl
+    source: Annotated[str, Choices(stages.sources), tyro.conf.arg(aliases=["-i"])] = "sft"  # stage
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""  # answer this and leave
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # tag to look in
-    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6  # 0 is the likeliest
-    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # likeliest tokens; 0 is all
-    top_p: float = 1.0  # share of the probability to sample from; 1 is all
-    max_tokens: int = 256  # longest answer
-    seed: int = 42  # of the answers
+    temperature: Annotated[NonNegative, tyro.conf.arg(aliases=["-t"])] = 0.6  # 0 is the likeliest
+    top_k: Annotated[CountOrZero, tyro.conf.arg(aliases=["-k"])] = 50  # likeliest tokens; 0 is all
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0  # probability kept; 1 is all
+    max_tokens: Count = 256  # longest answer
+    seed: Seed = 42  # of the answers
     tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
-    device: str = "auto"  # auto, cuda, mps or cpu
+    device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
     kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
+    verbose: bool = False  # print which kernels run, and why
 
 
 def main() -> None:
     settings = configurator.load(Settings)
-    source = run.source_stage(settings.source, settings.checkpoint)
-    runtime = setup_training(settings.device, settings.seed)
-    select(settings.kernels, runtime.device, runtime.dtype)
-    tokenizer = get_tokenizer(settings.tokenizer_dir or None)
-    model, _, _ = run.load_pretrained(
-        settings.checkpoint, source, runtime, tokenizer, settings.model_tag
-    )
-    engine = Engine(model, tokenizer, num_slots=1)
-    messages: list[dict[str, Any]] = []
+    chat = load_chat_model(settings, settings.seed, print_kernels=settings.verbose)
+    engine = chat.engine(num_slots=1)
     if settings.prompt:
         answer(engine, [{"role": "user", "content": settings.prompt}], settings)
-        runtime.close()
-        return
+    else:
+        converse(engine, settings)
+    chat.runtime.close()
+
+
+def converse(engine: Engine, settings: Settings) -> None:
+    """Read questions and print answers until the user leaves."""
+    messages: list[dict[str, Any]] = []
     print0(HELP)
     while True:
         try:
             text = input("\nuser: ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
-            break
+            return
         if text in ("/quit", "/exit", "quit", "exit"):
-            break
+            return
         if text in ("/clear", "clear"):
             messages.clear()
             print("cleared")
@@ -77,15 +76,15 @@ def main() -> None:
             try:
                 content = answer(engine, messages, settings)
             except ValueError as error:
+                # too long for the context: say so and forget it, the conversation continues
                 print(error)
                 messages.pop()
                 continue
             messages.append({"role": "assistant", "content": content})
-    runtime.close()
 
 
 def answer(engine: Engine, messages: list[dict[str, Any]], settings: Settings) -> Any:
-    """Print the answer to the last message as it comes; its content. Ctrl-C ends it early.
+    """Print the answer to the last message as it is generated; return its content. Ctrl-C stops it.
 
     Raises  ValueError if the last message is too long for the context.
     """
@@ -93,7 +92,8 @@ def answer(engine: Engine, messages: list[dict[str, Any]], settings: Settings) -
     fitted = fit_prompt(engine.tokenizer, messages, room)
     if fitted.num_dropped:
         print(f"[{fitted.num_dropped} old messages left out] ", end="")
-    # every turn draws other numbers, the same ones in every run
+    # the length of the conversation selects the random numbers: other ones in every turn, the same
+    # ones in every run
     sampling = SamplingSettings(
         settings.temperature, settings.top_k, settings.top_p, settings.seed, len(messages)
     )
@@ -113,7 +113,10 @@ def answer(engine: Engine, messages: list[dict[str, Any]], settings: Settings) -
 
 
 def show(kind: str, piece: str, shown: str) -> str:
-    """Print a piece, framed where it is the tool's; the kind that was printed last."""
+    """Print a piece of an answer, tool calls as [2*3 = 6]; return the kind printed last.
+
+    shown  the kind printed before this piece
+    """
     if not piece:
         return shown
     frames = {"text": "", "python": " [", "python_output": " = "}
@@ -125,4 +128,4 @@ def show(kind: str, piece: str, shown: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -12,16 +12,22 @@ from typing import Annotated, Any
 
 import tyro
 
-from nanochat import configurator
-from nanochat.common import print0, setup_training
-from nanochat.eval.tasks import BASELINES, chatcore, evaluate_categorical, evaluate_generative
-from nanochat.infer.engine import Engine
+from nanochat import command, configurator, stages
+from nanochat.common import print0, replace_file
+from nanochat.eval.tasks import chatcore, evaluate_categorical, evaluate_generative
 from nanochat.infer.sampling import SamplingSettings
-from nanochat.kernels.registry import format_choices, select
-from nanochat.text.tokenizer import get_tokenizer
+from nanochat.serve.chat_model import ChatModel, load_chat_model
+from nanochat.settings import Choices, Count, CountOrZero, Device, NonNegative, Seed
 from nanochat.tracking import Tracker
-from nanochat.train import run
-from tasks.registry import get_task
+from tasks.registry import chatcore_baselines, evaluated_names, get_evaluated_task
+
+# --help asks for the names, so that importing this script imports no task
+TaskNames = Annotated[
+    str,
+    tyro.conf.arg(
+        aliases=["-a"], help_behavior_hint=lambda _: f"(known: {', '.join(evaluated_names())})"
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -29,41 +35,40 @@ class Settings:
     """Evaluate a chat model; tasks that were evaluated before with these settings are kept."""
 
     checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base, mid, sft or rl
-    task_name: Annotated[str, tyro.conf.arg(aliases=["-a"])] = ""  # names between |; empty is all
+    source: Annotated[str, Choices(stages.sources), tyro.conf.arg(aliases=["-i"])] = "sft"  # stage
+    task_name: TaskNames = ""  # names between |; empty is the tasks of ChatCORE
     task_data: str = ""  # folder of local task files instead of the Hugging Face Hub
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # tag to look in
-    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.0  # of free answers
-    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # likeliest tokens; 0 is all
-    num_samples: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1  # answers to each problem
-    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512  # longest answer
-    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 8  # problems of one forward pass
-    max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"])] = 0  # of each task; 0 is all
+    temperature: Annotated[NonNegative, tyro.conf.arg(aliases=["-t"])] = 0.0  # of free answers
+    top_k: Annotated[CountOrZero, tyro.conf.arg(aliases=["-k"])] = 50  # likeliest tokens; 0 is all
+    num_samples: Annotated[Count, tyro.conf.arg(aliases=["-n"])] = 1  # answers to each problem
+    max_new_tokens: Annotated[Count, tyro.conf.arg(aliases=["-m"])] = 512  # longest answer
+    batch_size: Annotated[Count, tyro.conf.arg(aliases=["-b"])] = 8  # problems of one forward pass
+    max_problems: Annotated[CountOrZero, tyro.conf.arg(aliases=["-x"])] = 0  # of each; 0 is all
     fresh: bool = False  # evaluate again what was evaluated before
     tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
-    device: str = "auto"  # auto, cuda, mps or cpu
+    device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
     kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
-    seed: int = 42  # of sampled answers
+    verbose: bool = False  # print why each operation runs as it does
+    seed: Seed = 42  # of sampled answers
 
 
 def main() -> None:
     settings = configurator.load(Settings)
-    source = run.source_stage(settings.source, settings.checkpoint)
-    names = settings.task_name.split("|") if settings.task_name else list(BASELINES)
-    tasks = {name: get_task(name, task_data=settings.task_data) for name in names}
-    runtime = setup_training(settings.device, settings.seed)
-    print0(format_choices(select(settings.kernels, runtime.device, runtime.dtype)))
-    tokenizer = get_tokenizer(settings.tokenizer_dir or None)
-    model, meta, path = run.load_pretrained(
-        settings.checkpoint, source, runtime, tokenizer, settings.model_tag
-    )
-    model.eval()
-    engine = Engine(model, tokenizer, num_slots=settings.batch_size * settings.num_samples)
+    names = settings.task_name.split("|") if settings.task_name else list(chatcore_baselines())
+    tasks = {name: get_evaluated_task(name, settings.task_data) for name in names}
+    chat = load_chat_model(settings, settings.seed)
+    runtime, tokenizer, model, meta = chat.runtime, chat.tokenizer, chat.model, chat.meta
+    engine = chat.engine(num_slots=settings.batch_size * settings.num_samples)
     sampling = SamplingSettings(settings.temperature, settings.top_k, seed=settings.seed)
-    name = f"chat_eval_{source.removeprefix('chat')}"
-    tracker = Tracker(path.parent, runtime, name, settings, header={"checkpoint": str(path)})
-    weights = meta["files"]["model.pt"]["sha256"]
-    results = Results(runtime.base_dir / "chat_eval", path, settings, weights)
+    tracker = Tracker(
+        chat.path.parent,
+        runtime,
+        chat.stage.chat_evaluation,
+        settings,
+        header={"checkpoint": str(chat.path)},
+    )
+    results = Results(runtime.base_dir / "chat_eval", chat, settings)
     for task_name, task in tasks.items():
         if task_name not in results.tasks:
             started = time.perf_counter()
@@ -86,7 +91,8 @@ def main() -> None:
             results.add(task_name, values | {"seconds": time.perf_counter() - started}, runtime)
         tracker.log("task", meta["step"], task=task_name, **results.tasks[task_name])
         print0(f"{task_name:14} {line(results.tasks[task_name])}")
-    score = chatcore({name: results.tasks[name]["accuracy"] for name in names})
+    accuracies = {name: results.tasks[name]["accuracy"] for name in names}
+    score = chatcore(accuracies, chatcore_baselines())
     if score is not None:
         tracker.log("chatcore", meta["step"], chatcore=score, tasks=names)
         print0(f"ChatCORE {score:.4f} over {', '.join(names)}")
@@ -104,14 +110,17 @@ def line(values: dict[str, Any]) -> str:
 
 
 class Results:
-    """What these settings and weights gave before: a JSON file that grows by tasks."""
+    """Results with the same settings and weights, kept in a JSON file that grows task by task."""
 
-    def __init__(self, folder: Path, checkpoint: Path, settings: Settings, weights: str) -> None:
-        stage_name, tag, step = checkpoint.parts[-3:]
+    def __init__(self, folder: Path, chat: ChatModel, settings: Settings) -> None:
+        stage_name, tag, step = chat.path.parts[-3:]
         self.path = folder / f"{stage_name.removesuffix('_checkpoints')}_{tag}_{step}.json"
-        ignored = ("task_name", "fresh", "batch_size", "device", "kernels", "checkpoint")
+        # settings that do not change a result
+        ignored = ("task_name", "fresh", "batch_size", "device", "kernels", "verbose", "checkpoint")
         self.key = {k: v for k, v in asdict(settings).items() if k not in ignored}
-        self.key["weights"] = weights
+        # --source is only a default: a checkpoint's path can name another stage
+        self.key["source"] = chat.stage.source
+        self.key["weights"] = chat.meta["files"]["model.pt"]["sha256"]
         self.tasks: dict[str, dict[str, Any]] = {}
         if self.path.is_file() and not settings.fresh:
             saved = json.loads(self.path.read_text(encoding="utf-8"))
@@ -119,15 +128,12 @@ class Results:
                 self.tasks = saved["tasks"]
 
     def add(self, name: str, values: dict[str, Any], runtime: Any) -> None:
-        """Keep one task's result; the file is replaced as a whole."""
+        """Keep one task's result; the file is replaced atomically."""
         self.tasks[name] = values
         if runtime.is_main:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".tmp")
             text = json.dumps({"settings": self.key, "tasks": self.tasks}, indent=1)
-            temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(self.path)
+            replace_file(self.path, text + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

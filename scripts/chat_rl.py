@@ -8,18 +8,20 @@ import copy
 import time
 from dataclasses import dataclass
 from statistics import mean
+from typing import Annotated
 
 import torch
 
-from nanochat import configurator
-from nanochat.common import StopRequest, freeze_garbage, print0, setup_training
+from nanochat import command, configurator, stages
+from nanochat.common import Runtime, freeze_garbage
 from nanochat.eval.tasks import pass_at_k
+from nanochat.gpt import GPT
 from nanochat.infer.engine import Engine
-from nanochat.kernels.registry import format_choices, select
 from nanochat.optim import schedule
-from nanochat.profiler.throughput import Meter, console_line, peak_memory_gib
+from nanochat.settings import Choices, Count, CountOrMinusOne, CountOrZero, Finite, NonNegative
 from nanochat.text.chat_format import render_for_completion
 from nanochat.text.tokenizer import get_tokenizer
+from nanochat.text.tokenizer_base import Tokenizer
 from nanochat.train import run
 from nanochat.train.policy_gradient import (
     PolicyBatch,
@@ -29,193 +31,193 @@ from nanochat.train.policy_gradient import (
     pad_samples,
 )
 from nanochat.train.run import due
-from nanochat.train.step import set_rates, train_step
-from tasks.registry import get_task
+from nanochat.train.session import Session, TrainingSettings, launch
+from nanochat.train.step import train_step
+from tasks.common import Task
+from tasks.registry import get_rewarded_task
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(TrainingSettings):
     """REINFORCE on a task's rewards; GRPO's deviation, PPO's clip and a KL term are switches."""
 
     sft_checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
-    source: str = "chatsft"  # stage of the checkpoint: chatsft, mid or base
+    source: Annotated[str, Choices(stages.parents_of("chatrl"))] = "chatsft"  # its stage
     task: str = "GSM8K"  # what to learn: GSM8K, SpellingBee or another generative task
     task_data: str = ""  # folder of local task files instead of the Hugging Face Hub
-    run: str = "dummy"  # name of the wandb run; "dummy" does not use wandb
-    tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
-    device: str = "auto"  # auto, cuda, mps or cpu
-    num_iterations: int = -1  # optimizer steps; -1 derives them from the next one
-    num_epochs: int = 1  # passes over the task's training problems
-    examples_per_step: int = 16  # problems of one optimizer step over all devices
-    num_samples: int = 16  # answers sampled to each problem
-    device_batch_size: int = 8  # answers a device samples or trains on at once
-    max_new_tokens: int = 256  # longest answer
-    temperature: float = 1.0  # of the samples
-    top_k: int = 50  # sample among the likeliest; 0 is all
-    reward_weight: float = 1.0  # factor of every reward
+    num_iterations: CountOrMinusOne = -1  # optimizer steps; -1 derives them from the next one
+    num_epochs: Count = 1  # passes over the task's training problems
+    examples_per_step: Count = 16  # problems of one optimizer step over all devices
+    num_samples: Count = 16  # answers sampled to each problem
+    device_batch_size: Count = 8  # answers a device samples or trains on at once
+    max_new_tokens: Count = 256  # longest answer
+    temperature: NonNegative = 1.0  # of the samples
+    top_k: CountOrZero = 50  # sample among the likeliest; 0 is all
+    reward_weight: Finite = 1.0  # factor of every reward
     normalize_std: bool = False  # divide advantages by their deviation, as GRPO does
-    clip: float = 0.0  # PPO's clip of p / p_old; matters with updates_per_batch > 1
-    kl: float = 0.0  # weight of the divergence from the model this run begins with
-    updates_per_batch: int = 1  # optimizer steps on the same samples
-    embedding_lr: float = 0.2  # AdamW rate of the embedding at width 768
-    unembedding_lr: float = 0.004  # AdamW rate of the head at width 768
-    matrix_lr: float = 0.02  # Muon rate of the matrices
-    newton_schulz: str = "muon"  # coefficients of Muon's Newton-Schulz: muon or polar_express
-    init_lr_frac: float = 0.05  # share of these rates to start from
-    weight_decay: float = 0.0  # decoupled decay of embedding and head
-    grad_clip: float = 0.0  # largest global gradient norm; 0 does not clip
-    eval_every: int = 60  # steps between evaluations; -1 evaluates only at the end
-    eval_examples: int = 400  # test problems of an evaluation
-    eval_samples: int = 8  # answers to each: pass@1 to pass@<this>
-    save_every: int = 60  # steps between checkpoints; -1 saves only at the end
-    keep_last: int = 2  # newest checkpoints kept; 0 keeps all
-    model_tag: str = ""  # folder of the checkpoints; empty is the source model's
-    resume: bool = False  # go on from the newest checkpoint of the tag, if there is one
-    resume_from: str = ""  # go on from this checkpoint: file, folder, tag or step
-    kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
-    seed: int = 42  # of the samples
+    clip: NonNegative = 0.0  # PPO's clip of p / p_old; matters with updates_per_batch > 1
+    kl: NonNegative = 0.0  # weight of the divergence from the model this run begins with
+    updates_per_batch: Count = 1  # optimizer steps on the same samples
+    init_lr_frac: NonNegative = 0.05  # share of the rates to start from
+    eval_every: CountOrMinusOne = 60  # steps between evaluations; -1 evaluates only at the end
+    eval_examples: Count = 400  # test problems of an evaluation
+    eval_samples: Count = 8  # answers to each: pass@1 to pass@<this>
+    save_every: CountOrMinusOne = 60  # steps between checkpoints; -1 saves only at the end
 
 
 def main() -> None:
+    # Settings: what this run is, where it runs, and which kernels it uses.
     settings = configurator.load(Settings)
-    runtime = setup_training(settings.device, settings.seed)
-    stop = StopRequest()
-    kernels = select(settings.kernels, runtime.device, runtime.dtype)
-    print0(format_choices(kernels))
+    runtime, stop, kernels = launch(settings)
+    examples_per_rank = share_of_step(settings.examples_per_step, runtime.world_size)
 
+    # Build: tokenizer, the parent's model, problems, optimizers, records, the sampler.
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
     model, parent_meta, parent_path = run.load_pretrained(
         settings.sft_checkpoint, settings.source, runtime, tokenizer
     )
+    # copied before a resumed run replaces the weights: the divergence is from the parent
     reference = copy.deepcopy(model).requires_grad_(False) if settings.kl else None
-    train_task = get_task(settings.task, "train", settings.task_data)
-    test_task = get_task(settings.task, "test", settings.task_data)
-    examples_per_rank = share_of_step(settings.examples_per_step, runtime.world_size)
+    train_task = get_rewarded_task(settings.task, "train", settings.task_data)
+    test_task = get_rewarded_task(settings.task, "test", settings.task_data)
     num_iterations = settings.num_iterations
     if num_iterations == -1:
         problems = settings.num_epochs * len(train_task)
         num_iterations = max(1, problems // settings.examples_per_step)
     policy_loss = PolicyLoss(settings.clip, settings.kl)
-    meter = Meter(
-        1,  # tokens of a step differ; the rate of the record counts sampled ones
-        model.estimate_flops(causal=True),
-        model.estimate_flops(causal=False),
-        run.device_peaks(runtime),
-        runtime.world_size,
-        num_iterations,
-    )
-    state, tracker = run.open_run(
+    session = Session(
         "chatrl",
         settings.model_tag or parent_meta["tag"],
         model,
-        meter,
+        tokenizer,
         settings,
         runtime,
-        record={"kernels": run.choices_record(kernels), "parent": str(parent_path)},
-        meta={"tokenizer_fingerprint": tokenizer.fingerprint()},
+        kernels,
+        tokens_per_step=1,  # steps differ; each one's sampled tokens are counted below
+        num_iterations=num_iterations,
+        record={"parent": str(parent_path)},
         init_lr_frac=settings.init_lr_frac,
-        run=settings.run,
     )
-    filler = tokenizer.encode_special("<|assistant_end|>")
+    state = session.state
+    sampler = Sampler(model, tokenizer, settings, runtime)
 
-    engine = Engine(model, tokenizer, num_slots=settings.device_batch_size)
-
-    def sample(prompt: list[int], count: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Prompt and answer of every sample, and 1 where the model chose the token."""
-        return engine.generate_batch(
-            prompt,
-            count,
-            settings.max_new_tokens,
-            settings.temperature,
-            settings.top_k,
-            seed,
-        )
-
-    def rollout(problem: int) -> tuple[list[PolicyBatch], list[float], list[int]]:
-        """Training batches of one problem, its rewards and its answers' lengths."""
-        conversation = train_task[problem % len(train_task)]
-        prompt = render_for_completion(tokenizer, conversation)
-        sequences, masks = sample(prompt, settings.num_samples, settings.seed + problem)
-        texts = [tokenizer.decode(ids[len(prompt) :]) for ids in sequences]
-        paid = [settings.reward_weight * train_task.reward(conversation, text) for text in texts]
-        worth = advantages(torch.tensor(paid), settings.normalize_std)
-        batches = []
-        for start in range(0, len(sequences), settings.device_batch_size):
-            part = slice(start, start + settings.device_batch_size)
-            padded = pad_samples(sequences[part], masks[part], filler)
-            inputs, targets = (x.to(runtime.device) for x in padded)
-            batch = PolicyBatch(inputs, targets, worth[part].to(runtime.device))
-            with torch.no_grad():
-                if settings.clip:
-                    batch = batch._replace(old_logp=log_probabilities(model, inputs, targets))
-                if reference is not None:
-                    logp = log_probabilities(reference, inputs, targets)
-                    batch = batch._replace(reference_logp=logp)
-            batches.append(batch)
-        return batches, paid, [sum(mask) for mask in masks]
-
-    def evaluate() -> dict[str, float]:
-        """pass@k of the test problems, k = 1, 2, 4, ... up to eval_samples."""
-        count = min(settings.eval_examples, len(test_task))
-        ks = [k for k in range(1, settings.eval_samples + 1) if k & (k - 1) == 0]
-        sums = torch.zeros(len(ks) + 1, dtype=torch.float64, device=runtime.device)
-        for index in range(runtime.rank, count, runtime.world_size):
-            conversation = test_task[index]
-            prompt = render_for_completion(tokenizer, conversation)
-            sequences, _ = sample(prompt, settings.eval_samples, settings.seed + index)
-            right = sum(
-                bool(test_task.evaluate(conversation, tokenizer.decode(ids[len(prompt) :])))
-                for ids in sequences
-            )
-            values = [pass_at_k(settings.eval_samples, right, k) for k in ks]
-            sums += torch.tensor([*values, 1.0], dtype=torch.float64, device=runtime.device)
-        runtime.all_reduce(sums)
-        total = max(1.0, sums[-1].item())
-        return {f"pass@{k}": sums[i].item() / total for i, k in enumerate(ks)}
-
-    started = time.perf_counter()
+    # Loop: saving and evaluating happen between two steps; the last pass trains no more.
     freeze_garbage()
     while True:
-        step = state.step
-        last = step >= num_iterations
+        step, last = session.step, session.is_last
+        # a checkpoint comes first: an evaluation may take long, and a kill must not cost the steps
         if last or due(step, settings.save_every):
-            state.save(runtime, settings.keep_last)
+            session.save()
         if last or step == 0 or due(step, settings.eval_every):
-            scores = evaluate()
-            tracker.log("eval", step, split="test", **scores)
-            line = " | ".join(f"{name} {score:.4f}" for name, score in scores.items())
-            print0(f"step {step:05d} | {settings.task} {line}")
+            scores = sampler.evaluate(test_task)
+            text = " | ".join(f"{name} {score:.4f}" for name, score in scores.items())
+            session.log("eval", f"{settings.task} {text}", split="test", **scores)
         if last or stop.agreed(runtime):
             break
 
-        before = time.perf_counter()
+        # sample: every rank answers its own problems with the weights of this moment
+        begun = time.perf_counter()
         first = step * settings.examples_per_step + runtime.rank * examples_per_rank
-        rollouts = [rollout(problem) for problem in range(first, first + examples_per_rank)]
-        batches = [batch for part, _, _ in rollouts for batch in part]
+        rollouts = [
+            sampler.rollout(train_task, problem, reference)
+            for problem in range(first, first + examples_per_rank)
+        ]
+        batches = [batch for rollout in rollouts for batch in rollout.batches]
+        # reinforce: one step, or several on the same answers, which is what the clip is for
         scale = schedule.lr_scale(step, num_iterations, 0.0, 1.0, 0.0)
-        set_rates(state.optimizers, scale, schedule.muon_momentum(step))
+        session.set_rates(scale)
         result = [
             train_step(model, state.optimizers, batches, runtime, settings.grad_clip, policy_loss)
             for _ in range(settings.updates_per_batch)
         ][-1]
-        engine.update_weights()
-        loss, grad_norm = result.loss.item(), result.grad_norm.item()
-        paid = [reward for _, rewards, _ in rollouts for reward in rewards]
-        lengths = [length for _, _, counts in rollouts for length in counts]
-        means = torch.tensor([mean(paid), mean(lengths)], device=runtime.device)
+        sampler.engine.update_weights()
+        # report: means over the answers of all ranks, each of which has equally many
+        rewards = [reward for rollout in rollouts for reward in rollout.rewards]
+        lengths = [length for rollout in rollouts for length in rollout.lengths]
+        means = torch.tensor([mean(rewards), mean(lengths)], device=runtime.device)
         reward, length = (runtime.all_reduce(means) / runtime.world_size).tolist()
-        meter.tokens_per_step = round(length * settings.num_samples * settings.examples_per_step)
-        values = meter.update(step, loss, time.perf_counter() - before)
-        values |= {"grad_norm": grad_norm, "lr_scale": scale, "reward": reward, "length": length}
-        values |= {"memory_gib": peak_memory_gib(runtime)}
-        tracker.log("train", step, **values)
-        line = console_line(step, num_iterations, values)
-        print0(f"{line} | reward {reward:.4f} | length {length:.1f}")
-        state.check_finite(loss, grad_norm, runtime)
-        state.step += 1
+        sampled = round(length * settings.num_samples * settings.examples_per_step)
+        session.meter.tokens_per_step = sampled
+        note = f"reward {reward:.4f} | length {length:.1f}"
+        session.log_step(result, begun, scale, note, reward=reward, length=length)
 
-    early = None if last else stop
-    state.finish(tracker, runtime, early, settings.keep_last, started)
+    session.finish(None if last else stop)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The answers to one problem: training batches, the reward and the tokens of each answer."""
+
+    batches: list[PolicyBatch]
+    rewards: list[float]
+    lengths: list[int]
+
+
+class Sampler:
+    """Answers of the model as it is, for training and for evaluation."""
+
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, settings: Settings, runtime: Runtime
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.runtime = runtime
+        self.engine = Engine(model, tokenizer, num_slots=settings.device_batch_size)
+        self.filler = tokenizer.encode_special("<|assistant_end|>")
+
+    def sample(
+        self, prompt: list[int], count: int, seed: int
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Prompt and answer of every sample, and 1 where the model chose the token."""
+        settings = self.settings
+        return self.engine.generate_batch(
+            prompt, count, settings.max_new_tokens, settings.temperature, settings.top_k, seed
+        )
+
+    def rollout(self, task: Task, problem: int, reference: GPT | None) -> Rollout:
+        """Answer a problem of the task, which repeats after its last, and reward the answers."""
+        settings, device = self.settings, self.runtime.device
+        conversation = task[problem % len(task)]
+        prompt = render_for_completion(self.tokenizer, conversation)
+        sequences, masks = self.sample(prompt, settings.num_samples, settings.seed + problem)
+        texts = [self.tokenizer.decode(ids[len(prompt) :]) for ids in sequences]
+        rewards = [settings.reward_weight * task.reward(conversation, text) for text in texts]
+        # (N,): how much better than the other answers to the same problem
+        advantages_N = advantages(torch.tensor(rewards), settings.normalize_std)
+        batches = []
+        for start in range(0, len(sequences), settings.device_batch_size):
+            part = slice(start, start + settings.device_batch_size)
+            padded = pad_samples(sequences[part], masks[part], self.filler)
+            inputs, targets = (x.to(device) for x in padded)
+            batch = PolicyBatch(inputs, targets, advantages_N[part].to(device))
+            with torch.no_grad():
+                if settings.clip:
+                    batch = batch._replace(old_logp=log_probabilities(self.model, inputs, targets))
+                if reference is not None:
+                    logp = log_probabilities(reference, inputs, targets)
+                    batch = batch._replace(reference_logp=logp)
+            batches.append(batch)
+        return Rollout(batches, rewards, [sum(mask) for mask in masks])
+
+    def evaluate(self, task: Task) -> dict[str, float]:
+        """pass@k of the task's first problems, k = 1, 2, 4, ... up to eval_samples."""
+        settings, runtime = self.settings, self.runtime
+        count = min(settings.eval_examples, len(task))
+        ks = [k for k in range(1, settings.eval_samples + 1) if k & (k - 1) == 0]
+        # the sum of each pass@k, then the number of problems; ranks take every world_size-th one
+        sums = torch.zeros(len(ks) + 1, dtype=torch.float64, device=runtime.device)
+        for index in range(runtime.rank, count, runtime.world_size):
+            conversation = task[index]
+            prompt = render_for_completion(self.tokenizer, conversation)
+            sequences, _ = self.sample(prompt, settings.eval_samples, settings.seed + index)
+            texts = [self.tokenizer.decode(ids[len(prompt) :]) for ids in sequences]
+            num_right = sum(bool(task.evaluate(conversation, text)) for text in texts)
+            values = [pass_at_k(settings.eval_samples, num_right, k) for k in ks]
+            sums += torch.tensor([*values, 1.0], dtype=torch.float64, device=runtime.device)
+        runtime.all_reduce(sums)
+        total = max(1.0, sums[-1].item())
+        return {f"pass@{k}": sums[i].item() / total for i, k in enumerate(ks)}
 
 
 def share_of_step(examples_per_step: int, world_size: int) -> int:
@@ -229,4 +231,4 @@ def share_of_step(examples_per_step: int, world_size: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,4 +1,4 @@
-"""Serve a chat model: a page at http://127.0.0.1:8000/ and an API behind it.
+"""Serve a chat model: a page at http://127.0.0.1:8000/ and the API that it uses.
 
 python -m scripts.chat_web --checkpoint=chatsft_checkpoints/latest.pt
 """
@@ -9,13 +9,11 @@ from typing import Annotated
 import tyro
 import uvicorn
 
-from nanochat import configurator
-from nanochat.common import print0, setup_training
-from nanochat.infer.engine import Engine
-from nanochat.kernels.registry import format_choices, select
+from nanochat import command, configurator, stages
+from nanochat.common import print0
+from nanochat.serve.chat_model import load_chat_model
 from nanochat.serve.server import Defaults, create_app
-from nanochat.text.tokenizer import get_tokenizer
-from nanochat.train import run
+from nanochat.settings import Choices, Count, CountOrZero, Device, NonNegative, Range
 
 
 @dataclass(frozen=True)
@@ -23,41 +21,35 @@ class Settings:
     """Serve a chat model over HTTP, to this machine unless --host says otherwise."""
 
     checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base, mid, sft or rl
+    source: Annotated[str, Choices(stages.sources), tyro.conf.arg(aliases=["-i"])] = "sft"  # stage
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # tag to look in
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 is every one of this machine
-    port: Annotated[int, tyro.conf.arg(aliases=["-p"])] = 8000  # port to listen on
-    num_slots: int = 16  # answers written at a time; others wait
-    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.8  # unless a request says
-    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # unless a request says
-    max_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512  # unless a request says
+    port: Annotated[int, Range(0, 65_535), tyro.conf.arg(aliases=["-p"])] = 8000  # to listen on
+    num_slots: Count = 16  # answers written at a time; others wait
+    temperature: Annotated[NonNegative, tyro.conf.arg(aliases=["-t"])] = 0.8  # if none is asked
+    top_k: Annotated[CountOrZero, tyro.conf.arg(aliases=["-k"])] = 50  # if none is asked
+    max_tokens: Annotated[Count, tyro.conf.arg(aliases=["-m"])] = 512  # if none is asked
     tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
-    device: str = "auto"  # auto, cuda, mps or cpu
+    device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
     kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
+    verbose: bool = False  # print why each operation runs as it does
 
 
 def main() -> None:
     settings = configurator.load(Settings)
-    source = run.source_stage(settings.source, settings.checkpoint)
-    runtime = setup_training(settings.device)
-    print0(format_choices(select(settings.kernels, runtime.device, runtime.dtype)))
-    tokenizer = get_tokenizer(settings.tokenizer_dir or None)
-    model, _, _ = run.load_pretrained(
-        settings.checkpoint, source, runtime, tokenizer, settings.model_tag
-    )
-    engine = Engine(model, tokenizer, settings.num_slots)
+    chat = load_chat_model(settings)
     defaults = Defaults(
         temperature=settings.temperature, top_k=settings.top_k, max_tokens=settings.max_tokens
     )
     print0(f"nanochat: http://{settings.host}:{settings.port}/")
     uvicorn.run(
-        create_app(engine, defaults),
+        create_app(chat.engine(settings.num_slots), defaults),
         host=settings.host,
         port=settings.port,
         log_level="warning",
     )
-    runtime.close()
+    chat.runtime.close()
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

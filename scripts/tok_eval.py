@@ -6,15 +6,17 @@ python -m scripts.tok_eval
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import requests
 from rich.console import Console
 from rich.table import Table
 
-from nanochat import configurator
+from nanochat import command, configurator
 from nanochat.common import print0, setup_training
-from nanochat.data.shards import iter_documents
-from nanochat.dataset import resolve_data_dir
+from nanochat.data.shards import iter_documents, list_shards
+from nanochat.dataset import DATASETS, resolve_data_dir
+from nanochat.settings import Choices
 from nanochat.text.tokenizer import TiktokenTokenizer, get_tokenizer
 from nanochat.text.tokenizer_base import Tokenizer
 from nanochat.tracking import Tracker
@@ -52,7 +54,7 @@ class Settings:
     """Compare the tokenizer's compression with that of tiktoken's encodings."""
 
     tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
-    dataset: str = "auto"  # embedded, fineweb-edu, climbmix, or auto: what is downloaded
+    dataset: Annotated[str, Choices(DATASETS)] = "auto"  # auto: what is downloaded, else embedded
     data_dir: str = ""  # folder of parquet, JSONL or text files instead of a dataset
     skip_bad_shards: bool = False  # leave out unreadable shards instead of stopping
 
@@ -64,7 +66,7 @@ def bytes_per_token(tokenizer: Tokenizer, name: str, text: str) -> float:
     """
     ids = tokenizer.encode(text)
     if tokenizer.decode(ids) != text:
-        raise ValueError(f"{name}: decoding the tokens does not give the text back; train it anew")
+        raise ValueError(f"{name}: decoding the tokens does not give the text back; train it again")
     return len(text.encode()) / len(ids)
 
 
@@ -82,9 +84,10 @@ def load_baselines() -> dict[str, Tokenizer]:
 def main() -> None:
     settings = configurator.load(Settings)
     runtime = setup_training("cpu")
+    data_dir = resolve_data_dir(settings.dataset, settings.data_dir, runtime.base_dir)
+    list_shards(data_dir)
     tokenizer_dir = Path(settings.tokenizer_dir or runtime.base_dir / "tokenizer")
     tokenizers: dict[str, Tokenizer] = {"ours": get_tokenizer(tokenizer_dir), **load_baselines()}
-    data_dir = resolve_data_dir(settings.dataset, settings.data_dir, runtime.base_dir)
     texts = dict(TEXTS)
     for split in ("train", "val"):
         documents = iter_documents(data_dir, split, settings.skip_bad_shards)
@@ -105,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

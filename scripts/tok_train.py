@@ -7,13 +7,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from rich.progress import Progress
 
-from nanochat import configurator
+from nanochat import command, configurator
 from nanochat.common import get_base_dir, print0, setup_training
 from nanochat.data.shards import iter_documents
-from nanochat.dataset import resolve_data_dir
+from nanochat.dataset import DATASETS, resolve_data_dir
+from nanochat.settings import Choices, Count
 from nanochat.text.tokenizer import RustBPETokenizer
 from nanochat.text.tokenizer_base import check_vocab_size
 from nanochat.tracking import Tracker
@@ -23,10 +25,10 @@ from nanochat.tracking import Tracker
 class Settings:
     """Train a byte-level BPE tokenizer on the training split."""
 
-    vocab_size: int = 65_536  # tokens, the nine special ones among them
-    max_chars: int = 10_000_000_000  # characters to learn from at the most
-    doc_cap: int = 10_000  # characters taken of each document at the most
-    dataset: str = "auto"  # embedded, fineweb-edu, climbmix, or auto: what is downloaded
+    vocab_size: Count = 65_536  # tokens, the nine special ones among them
+    max_chars: Count = 10_000_000_000  # characters to learn from at the most
+    doc_cap: Count = 10_000  # characters taken of each document at the most
+    dataset: Annotated[str, Choices(DATASETS)] = "auto"  # auto: what is downloaded, else embedded
     data_dir: str = ""  # folder of parquet, JSONL or text files instead of a dataset
     output_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
     skip_bad_shards: bool = False  # leave out unreadable shards instead of stopping
@@ -67,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,17 +1,30 @@
-"""Made-up sums, differences and products of whole numbers, worked out by the calculator.
+"""Generated sums, differences and products of whole numbers, computed with the calculator.
 
-Every problem is made from its index, the same at every call. A pair of numbers belongs to training
-or to testing for good, whatever is done with it.
+A problem is a function of its split and index. A pair of numbers belongs either to training or to
+testing, whatever the operation. A sample problem:
+
+    >>> from nanochat.text.chat_format import conversation_text
+    >>> from tasks.arithmetic import Arithmetic
+    >>> task = Arithmetic("test")
+    >>> print(conversation_text(task[0]))
+    <|bos|><|user_start|>361 * 5 =<|user_end|>
+    <|assistant_start|><|python_start|>361*5<|python_end|>
+    <|output_start|>1805<|output_end|>
+    #### 1805<|assistant_end|>
+    >>> task.evaluate(task[0], "#### 1805"), task.reward(task[0], "#### -1")
+    (True, 0.0)
 """
 
 import random
 import zlib
+from pathlib import Path
 
 from nanochat.text.chat_format import Conversation
 from tasks.common import Task, final_number, last_text
+from tasks.registry import TaskEntry
 
 SPLITS = ("train", "test")
-TEST_SHARE = 8  # one pair in so many is for testing
+TEST_SHARE = 8  # one pair in this many is for testing
 LARGEST = 999
 NAMES = {"+": "plus", "-": "minus", "*": "times"}
 QUESTIONS = (
@@ -24,14 +37,17 @@ QUESTIONS = (
 
 
 class Arithmetic(Task):
-    """One operation on two numbers from 0 to 999; right if the number behind #### is.
+    """One operation on two numbers from 0 to 999; right if the number after #### is.
 
-    split   train or test: other pairs
-    size    problems
-    Raises  ValueError for an unknown split.
+    split      train or test, which share no pair of numbers
+    task_data  not used: problems need no files
+    size       number of problems
+    Raises     ValueError for an unknown split.
     """
 
-    def __init__(self, split: str, size: int = 256, **view: int | None) -> None:
+    def __init__(
+        self, split: str, task_data: Path | str = "", size: int = 256, **view: int | None
+    ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is unknown; choose {' or '.join(SPLITS)}")
         self.split = split
@@ -64,8 +80,12 @@ class Arithmetic(Task):
 
 
 def _pair(rng: random.Random, split: str) -> tuple[int, int]:
-    """Two numbers of the split, of one to three digits each with equal chances."""
+    """Two numbers of the split, each with one to three digits with equal probability."""
+    # draw until a pair falls into the split: its checksum decides, so no pair is ever in both
     while True:
         first, second = (rng.randint(0, 10 ** rng.randint(1, len(str(LARGEST))) - 1) for _ in "ab")
         if (zlib.crc32(f"{first} {second}".encode()) % TEST_SHARE == 0) == (split == "test"):
             return first, second
+
+
+TASKS = (TaskEntry("Arithmetic", Arithmetic, SPLITS, has_reward=True),)

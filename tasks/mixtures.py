@@ -1,10 +1,10 @@
-"""What mid-training and fine-tuning train on.
+"""What mid-training and fine-tuning train on: recipes, with the number of rows of each part.
 
-full    the data sets of the Hugging Face Hub, or their files in a local folder
-local   only what comes with the code: who the model is, spelling, and sums by the calculator
+full    data sets of the Hugging Face Hub, or their files in a local folder
+local   only what comes with the code: who the model is, spelling, arithmetic with the calculator
 
-Nothing that is evaluated is trained on: neither HumanEval nor a test split is in a mixture for
-training. The mixtures for testing serve to follow the loss.
+Nothing that is evaluated is trained on: no training mixture contains a test split, or a task that
+is for evaluation only. The test mixtures are for the validation loss.
 """
 
 from pathlib import Path
@@ -19,16 +19,16 @@ from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee, load_words
 
 MIXTURES = ("full", "local")
-# More problems than this for each word would only repeat what was said of the word before.
+# There are few ways to ask about one word: more problems per word than this mostly repeat others.
 PROBLEMS_PER_WORD = 20
 
 
 def mid_mixture(mixture: str, split: str, task_data: Path | str = "") -> TaskMixture:
-    """Conversations of mid-training; the full one has 848 thousand for training (with the word
-    list of docs/adding_a_task.md; fewer spelling problems with the words of the code).
+    """Conversations of mid-training. The full training mixture has 848 thousand (with the word
+    list of docs/adding_a_task.md; fewer spelling problems with the words that come with the code).
 
     split   train or test
-    Raises  ValueError for an unknown mixture or split, or where files are missing.
+    Raises  ValueError for an unknown mixture or split, or missing files.
     """
     _check(mixture, split)
     if mixture == "local":
@@ -46,10 +46,10 @@ def mid_mixture(mixture: str, split: str, task_data: Path | str = "") -> TaskMix
     most = PROBLEMS_PER_WORD * len(load_words("train", task_data))
     return TaskMixture(
         [
-            SmolTalk("train", task_data),
-            MMLU("auxiliary_train", task_data),
-            GSM8K("train", task_data),
-            identity(task_data),
+            SmolTalk("train", task_data),  # 460 thousand: how a conversation goes
+            MMLU("auxiliary_train", task_data),  # 100 thousand: how to answer multiple choice
+            GSM8K("train", task_data),  # 7 thousand: how to call the calculator
+            identity(task_data),  # few conversations, so twice
             identity(task_data),
             SimpleSpelling("train", task_data, size=min(200_000, most)),
             SpellingBee("train", task_data, size=min(80_000, most)),
@@ -58,10 +58,10 @@ def mid_mixture(mixture: str, split: str, task_data: Path | str = "") -> TaskMix
 
 
 def sft_mixture(mixture: str, split: str, task_data: Path | str = "") -> TaskMixture:
-    """Conversations of fine-tuning; of the full one 23 thousand for training.
+    """Conversations of fine-tuning. The full training mixture has 23 thousand.
 
     split   train or test
-    Raises  ValueError for an unknown mixture or split, or where files are missing.
+    Raises  ValueError for an unknown mixture or split, or missing files.
     """
     _check(mixture, split)
     if mixture == "local":

@@ -1,48 +1,39 @@
-"""The files of a task: in a local folder, or downloaded from the Hugging Face Hub into one.
+"""Tasks made from the rows of a data set, and the files of those rows.
 
-Below the folder (--task_data, otherwise <base dir>/task_data), a split of a task is one file, or
-shards that are named as on the Hub:
+The files are in a local folder (--task_data), or downloaded from the Hugging Face Hub into
+<base dir>/task_data. In either folder a split is one file, or shards named as on the Hub:
 
     gsm8k/main/test.jsonl    gsm8k/main/test.parquet    gsm8k/main/test-00000-of-00001.parquet
 
-A download keeps the Hub's names, so that both kinds of folder look alike.
+A download keeps the Hub's names, so both kinds of folder have the same layout.
 """
 
-import json
 import re
-from collections.abc import Sequence
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import huggingface_hub
-import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock
 
 from nanochat.common import get_base_dir
+from nanochat.text.chat_format import Conversation
+from tasks.common import Task, shuffled
+from tasks.rows import Row, Rows, read_rows
 
-Row = dict[str, Any]
 FOLDER = "task_data"
 SHARD = re.compile(r".*-of-([0-9]+)\.parquet")
 
 
-class Rows(Protocol):
-    """Rows by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Row: ...
-
-
 @dataclass(frozen=True)
 class Source:
-    """Where the rows of a task are.
+    """Where the rows of a task come from.
 
-    repository, revision  on the Hugging Face Hub; the commit is fixed, so rows never change
-    places                folders below the data folder, by preference; in the first of them, what
-                          follows the first slash is the folder of the repository
-    splits, columns       what there must be
+    repository, revision  on the Hugging Face Hub; the commit is pinned, so rows never change
+    places                folders to look in, relative to the data folder, the preferred one first;
+                          the part of that one after its first slash is the folder within the
+                          repository: gsm8k/main holds what openai/gsm8k has in main/
+    splits, columns       which must exist
     """
 
     repository: str
@@ -54,8 +45,8 @@ class Source:
     def load(self, split: str, task_data: Path | str = "", endpoint: str | None = None) -> Rows:
         """The rows of a split, in the order of the files.
 
-        task_data  a folder to read from; empty downloads what is not there yet
-        endpoint   address of the Hub; None is the library's
+        task_data  a folder to read from; empty downloads the split unless it is there already
+        endpoint   address of the Hub; None is the library's default
         Raises     ValueError for an unknown split, a missing file or one that cannot be read.
         """
         if split not in self.splits:
@@ -75,24 +66,26 @@ class Source:
         return read_rows(files, self.columns)
 
     def find(self, folder: Path, split: str) -> list[Path]:
-        """The files of a split, none if they are not all there."""
+        """The files of a split; an empty list if any of them is missing."""
         for place in (folder / name for name in self.places):
             for name in (f"{split}.jsonl", f"{split}.parquet"):
                 if (place / name).is_file():
                     return [place / name]
+            # a shard's name tells how many there are: an interrupted download is not complete
             shards = sorted(place.glob(f"{split}-*-of-*.parquet"))
             if shards and (match := SHARD.fullmatch(shards[0].name)):
                 return shards if len(shards) == int(match[1]) else []
         return []
 
     def download(self, folder: Path, split: str, endpoint: str | None = None) -> None:
-        """Fetch the shards of a split, going on where it stopped; safe with several ranks.
+        """Fetch the shards of a split, resuming a partial download; safe with several ranks.
 
         Raises  ValueError naming repository and remedy where the Hub does not deliver.
         """
         name, _, inner = self.places[0].partition("/")
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{name}.lock"):
+            # the rank that got the lock first has downloaded the files for the others
             if self.find(folder, split):
                 return
             cause: OSError | None = None
@@ -107,86 +100,53 @@ class Source:
                 )
             except OSError as error:
                 cause = error
-            # the library is content with what is there already when it cannot reach the Hub
+            # Offline, the library returns whatever is there without an error, so look for the
+            # files instead of trusting it.
             if not self.find(folder, split):
                 reason = str(cause).partition("\n")[0] if cause else "the Hub has no such files"
                 raise ValueError(
                     f"cannot download {inner}/{split}-*.parquet of {self.repository}: {reason}; "
-                    "try again to go on where it stopped, or name a folder that has "
+                    "try again to resume, or name a folder that has "
                     f"{self.places[-1]}/{split}.jsonl with --task_data"
                 ) from cause
 
 
 def data_folder(task_data: Path | str = "") -> Path:
-    """The folder of task files; empty is the one that downloads go to.
+    """The folder of task files; by default the one that downloads go to.
 
-    Raises  ValueError for a named folder that is none.
+    Raises  ValueError if the given path is not a folder.
     """
     if not task_data:
         return get_base_dir() / FOLDER
     folder = Path(task_data).expanduser()
     if not folder.is_dir():
         raise ValueError(
-            f"task_data {folder} is no folder; name one, or leave it out to download from the Hub"
+            f"task_data {folder} is not a folder; name one, or leave it out to use the Hub"
         )
     return folder
 
 
-class ParquetRows:
-    """Rows of parquet files; they stay in Arrow's memory, a dict is made of one when asked for."""
+class DatasetTask(Task):
+    """A task with one conversation for each row of a data set, in a fixed shuffled order.
 
-    def __init__(self, paths: Sequence[Path], columns: Sequence[str]) -> None:
-        tables = []
-        for path in paths:
-            try:
-                names = pq.read_schema(path).names
-                if missing := set(columns) - set(names):
-                    raise ValueError(f"no column {', '.join(sorted(missing))} among {names}")
-                tables.append(pq.read_table(path, columns=list(columns)))
-            except (ValueError, OSError, pa.ArrowException) as error:
-                raise ValueError(f"{path}: {error}; delete it and fetch it again") from error
-        self.table = pa.concat_tables(tables)
+    A subclass sets `source` (or assigns it before calling this __init__) and turns a row into a
+    conversation.
 
-    def __len__(self) -> int:
-        return self.table.num_rows
-
-    def __getitem__(self, index: int) -> Row:
-        return self.table.slice(range(len(self))[index], 1).to_pylist()[0]
-
-
-def read_rows(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
-    """Rows with these columns, of one JSONL file or of parquet files.
-
-    Raises  ValueError naming the file, and the line of a JSONL file, where a row is not as it
-            should be or there is none.
+    split      one of source.splits
+    task_data  local folder of files; empty downloads from the Hub
+    Raises     ValueError for an unknown split or missing files.
     """
-    parquet = paths[0].suffix == ".parquet"
-    rows = ParquetRows(paths, columns) if parquet else _read_jsonl(paths[0], columns)
-    if not rows:
-        raise ValueError(f"{paths[0]} has no rows; delete it and fetch it again")
-    return rows
 
+    source: Source
 
-def _read_jsonl(path: Path, columns: Sequence[str]) -> list[Row]:
-    rows = []
-    for where, row in read_json_lines(path):
-        if not isinstance(row, dict) or not set(columns) <= set(row):
-            raise ValueError(f"{where}: a row has {', '.join(columns)}; this is {row!r:.80}")
-        rows.append(row)
-    return rows
+    def __init__(self, split: str, task_data: Path | str = "", **view: int | None) -> None:
+        self.rows = self.source.load(split, task_data)
+        self.order = shuffled(len(self.rows))
+        super().__init__(len(self.order), **view)
 
+    @abstractmethod
+    def conversation(self, row: Row) -> Conversation:
+        """The conversation that a row of the data set becomes."""
 
-def read_json_lines(path: Path) -> list[tuple[str, Any]]:
-    """("<path>:<line>", value) of every line that is not blank.
-
-    Raises  ValueError naming file and line of what is not JSON in UTF-8.
-    """
-    values = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    values.append((f"{path}:{number}", json.loads(line)))
-                except ValueError as error:
-                    raise ValueError(f"{path}:{number}: not JSON ({error})") from error
-    return values
+    def get_example(self, index: int) -> Conversation:
+        return self.conversation(self.rows[int(self.order[index])])

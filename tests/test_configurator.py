@@ -141,7 +141,7 @@ def test_config_files_may_compute(tmp_path):
 def test_config_files_do_not_share_a_namespace(tmp_path):
     write(tmp_path / "a.py", "depth = 4\n")
     second = write(tmp_path / "b.py", "run = str(depth)\n")
-    with pytest.raises(NameError):
+    with pytest.raises(ValueError, match=r"b\.py, line 1: NameError: name 'depth'"):
         load(Settings, [str(tmp_path / "a.py"), second])
 
 

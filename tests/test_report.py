@@ -134,7 +134,7 @@ def test_odd_records_are_read_as_far_as_they_go(tmp_path):
 
 
 def test_without_records_it_says_so_and_writes_nothing(tmp_path):
-    with pytest.raises(SystemExit, match="run a stage first"):
+    with pytest.raises(ValueError, match="run a stage first"):
         report.main(["generate", "--base-dir", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
 

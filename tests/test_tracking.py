@@ -94,6 +94,8 @@ def write_run(run_dir: Path, steps: range, resume_step: int | None = None) -> No
             tracker.log("eval", step, split="val", bpb=1 / (step + 1))
             for prompt in ("a", "b"):
                 tracker.log("sample", step, prompt=prompt, text="x")
+            for task in ("MMLU", "ARC-Easy"):
+                tracker.log("task", step, task=task, accuracy=0.5)
         tracker.log("train", step, loss=float(step))
     tracker.log("end", steps.stop, wall_seconds=1.0)
     tracker.close()
@@ -110,13 +112,28 @@ def test_a_resumed_run_reads_as_an_uninterrupted_one(tmp_path, killed_after):
     def content(name: str) -> list[tuple]:
         records = read_records(tmp_path / name / "metrics.jsonl")
         assert len({r["run"] for r in records}) == 1
-        kinds = ("eval", "sample", "train", "end")
+        kinds = ("eval", "sample", "task", "train", "end")
         kept = [r for r in records if r["kind"] in kinds]
-        return [tuple(r.get(k) for k in ("kind", "step", "prompt", "loss", "bpb")) for r in kept]
+        return [
+            tuple(r.get(k) for k in ("kind", "step", "prompt", "task", "loss", "bpb")) for r in kept
+        ]
 
     assert sorted(content("resumed"), key=str) == sorted(content("whole"), key=str)
     for line in (tmp_path / "resumed/metrics.jsonl").read_text().splitlines():
         strict(line)
+
+
+def test_what_differs_in_a_name_is_not_a_repetition(tmp_path):
+    """A run killed between two tasks of one step logs the second when it is resumed."""
+    tracker = Tracker(tmp_path, runtime(), "chatsft", {})
+    tracker.log("task", 4, task="MMLU", accuracy=0.25)
+    tracker.close()
+    tracker = Tracker(tmp_path, runtime(), "chatsft", {}, resume_step=4)
+    tracker.log("task", 4, task="MMLU", accuracy=0.25)
+    tracker.log("task", 4, task="ARC-Easy", accuracy=0.5)
+    tracker.close()
+    tasks = [r["task"] for r in read_records(tmp_path / "metrics.jsonl") if r["kind"] == "task"]
+    assert tasks == ["MMLU", "ARC-Easy"]
 
 
 def test_a_new_run_leaves_the_records_of_the_old_and_other_stages(tmp_path):

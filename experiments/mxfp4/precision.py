@@ -3,20 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
-import triton
-
-from experiments.mxfp4 import plan
-from experiments.mxfp4.convert import convert
-from experiments.mxfp4.quantized import accept_quantized
-from experiments.mxfp4.recipes import DEFAULT, find_recipe
+from experiments.mxfp4.layers import coverage
+from experiments.mxfp4.layers.convert import convert
+from experiments.mxfp4.layers.quantized import accept_quantized
+from experiments.mxfp4.layers.recipes import DEFAULT, find_recipe
 from nanochat.common import Runtime, print0
 from nanochat.gpt import GPT
+from nanochat.kernels.optional_triton import installed, triton
 
 OPTIONS = ("mx_recipe", "mx_backend", "mx_keep")
 
 
 class MXPrecision:
     """A model converted for training; record says what every product runs in."""
+
+    emulated: bool
 
     def __init__(self, model: GPT, runtime: Runtime, options: Mapping[str, str]) -> None:
         unknown = [name for name in options if name not in OPTIONS]
@@ -26,21 +27,23 @@ class MXPrecision:
         backend = options.get("mx_backend") or "native"
         keep = [part.strip() for part in options.get("mx_keep", "").split(",") if part.strip()]
         self.conversion = convert(model, recipe, keep, backend, runtime.seed, runtime.rank)
+        self.emulated = backend == "emulate"
         self.record: dict[str, Any] = {
             "name": "mxfp4",
             "recipe": recipe.name,
             "backend": backend,
+            "emulated": self.emulated,
             "keep": keep,
             "signs": recipe.signs,
             "stochastic": "Philox4x32-10" if recipe.stochastic else None,
             "instructions": self.conversion.instructions,
-            "triton": triton.__version__,
-            **plan.record(self.conversion.rows),
+            "triton": triton.__version__ if installed else None,
+            **coverage.record(self.conversion.rows),
         }
         print0(f"precision mxfp4, recipe {recipe.name}, backend {backend}")
         for fmt, instruction in self.conversion.instructions.items():
             print0(f"  {fmt}: {instruction}")
-        print0(plan.table(self.conversion.rows))
+        print0(coverage.table(self.conversion.rows))
 
     def begin_step(self, step: int) -> None:
         """Draw the random numbers of the step."""

@@ -3,20 +3,20 @@
     python -m experiments.mxfp4.quantize_checkpoint --checkpoint=chatsft_checkpoints/latest.pt
     python -m scripts.chat_cli --checkpoint=mxfp4/chatsft_checkpoints/latest.pt
 
-The copy lies in <base dir>/mxfp4/<stage>_checkpoints/<tag>/<step>, apart from what training looks
-for. Embedding and head stay, in bfloat16. Every command that loads checkpoints to evaluate or chat
-takes the copy; training from it is an error.
+The copy goes to <base dir>/mxfp4/<stage>_checkpoints/<tag>/<step>, out of the way of training.
+Embedding and head stay in bfloat16. Every command that loads a checkpoint to evaluate or chat takes
+the copy; training from it is an error.
 """
 
 from dataclasses import asdict, dataclass
 
 import torch
 
-from experiments.mxfp4 import reference
-from experiments.mxfp4.convert import kept_layers, linear_layers
-from experiments.mxfp4.formats import FORMATS, SCALE_MODES, Quantizer
-from experiments.mxfp4.quantized import FORMAT, quantized_state
-from nanochat import configurator
+from experiments.mxfp4.layers.convert import kept_layers, linear_layers
+from experiments.mxfp4.layers.quantized import FORMAT, quantized_state
+from experiments.mxfp4.numbers import reference
+from experiments.mxfp4.numbers.formats import FORMATS, SCALE_MODES, Quantizer
+from nanochat import configurator, stages
 from nanochat.common import print0, setup_training
 from nanochat.gpt import GPT
 from nanochat.text.tokenizer import get_tokenizer
@@ -61,7 +61,7 @@ def main() -> None:
     quantizer = Quantizer(FORMAT, settings.scale_mode)
     keep = [part.strip() for part in settings.keep.split(",") if part.strip()]
     runtime = setup_training("cpu")
-    source = run.source_stage(settings.source, settings.checkpoint)
+    source = stages.of_checkpoint(settings.source, settings.checkpoint).name
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
     model, meta, path = run.load_pretrained(
         settings.checkpoint, source, runtime, tokenizer, settings.model_tag
@@ -79,8 +79,8 @@ def main() -> None:
         "relative_error": error,
         "made_of": str(path),
     }
-    written_anew = ("files", "environment", "world_size")
-    kept_meta = {name: value for name, value in meta.items() if name not in written_anew}
+    rewritten = ("files", "environment", "world_size")
+    kept_meta = {name: value for name, value in meta.items() if name not in rewritten}
     target = checkpoint_write.save(
         checkpoint_read.stage_dir(runtime.base_dir / FOLDER, source),
         meta["tag"],

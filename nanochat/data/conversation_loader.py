@@ -1,9 +1,20 @@
-"""Conversations -> token batches, for mid-training and fine-tuning; exact to resume.
+"""Conversations -> token batches, for mid-training and fine-tuning; resumed exactly.
 
-stream   conversations one behind the other, cut into rows wherever they end; every token is a
-         target, as in pretraining
-padded   one conversation a row, only the assistant's tokens are targets
+stream   conversations one after the other, cut into rows anywhere; every token is a target, as in
+         pretraining
+padded   one conversation per row, only the assistant's tokens are targets
 packed   as padded, with as many whole conversations in a row as fit (best fit)
+
+Three conversations A, B, C of 4, 7 and 5 tokens in rows of sequence_len + 1 = 9 tokens, of which
+the first 8 are inputs and the last 8 targets; e is <|assistant_end|> as filler, never a target:
+
+    stream   A A A A B B B B B     rows overlap by one token: the last target of a row is the
+             B B B C C C C C .     first input of the next
+    padded   A A A A e e e e e
+             B B B B B B B e e
+             C C C C C e e e e
+    packed   B B B B B B B e e     the longest first, then what fits the rest
+             C C C C C A A A A
 """
 
 from collections.abc import Sequence
@@ -14,13 +25,12 @@ import torch
 
 from nanochat.data.dataloader import Batch
 from nanochat.kernels.linear_cross_entropy import IGNORE_INDEX
-from nanochat.text.chat_format import Conversation, render_conversation
+from nanochat.text.chat_format import NO_LIMIT, Conversation, render_conversation
 from nanochat.text.tokenizer_base import Tokenizer
 
 PACKINGS = ("stream", "padded", "packed")
 PACKING_BUFFER = 64  # conversations to choose from when a row is filled
-ESTIMATE_SAMPLE = 512  # conversations whose length is measured to foresee an epoch
-NO_LIMIT = 2**62
+ESTIMATE_SAMPLE = 512  # conversations whose length is measured to estimate that of an epoch
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class Rendered:
 
 
 def render_to_fit(tokenizer: Tokenizer, conversation: Conversation, max_tokens: int) -> Rendered:
-    """The longest beginning of whole turns within max_tokens; cut inside the first if it must."""
+    """As many whole turns as fit max_tokens; if not even the first fits, a part of it."""
     ids, mask = render_conversation(tokenizer, conversation, NO_LIMIT)
     if len(ids) <= max_tokens:
         return Rendered(ids, mask)
@@ -51,7 +61,7 @@ def estimate_tokens(tokenizer: Tokenizer, conversations: Sequence[Conversation])
 
 
 class ConversationLoader:
-    """Iterator of Batch over this rank's share of the conversations, in their order, endlessly.
+    """Endless iterator of Batch over this rank's share of the conversations, in their order.
 
     conversations  a sequence such as a TaskMixture, shuffled already; rank r takes r, r + W, ...
     state          of a batch: the next batch is the one that followed it.
@@ -89,7 +99,7 @@ class ConversationLoader:
                 if state[name] != value:
                     raise ValueError(
                         f"the saved run trained on {name} {state[name]!r}, this one would on "
-                        f"{value!r}; start anew, or with the settings of the saved run"
+                        f"{value!r}; start from scratch, or use the settings of the saved run"
                     )
             self.position = state["position"]
             self.waiting = [Rendered(ids, mask) for ids, mask in state["waiting"]]
@@ -99,6 +109,7 @@ class ConversationLoader:
 
     def __next__(self) -> Batch:
         rows = [self._row() for _ in range(self.batch_size)]
+        # shift by one, and blank out the targets that the loss must ignore
         inputs = torch.tensor([ids[:-1] for ids, _ in rows])
         targets = torch.tensor([ids[1:] for ids, _ in rows])
         trained = torch.tensor([mask[1:] for _, mask in rows], dtype=torch.bool)
@@ -133,7 +144,8 @@ class ConversationLoader:
             return self._stream_row(wanted)
         parts = [self._take()] if self.packing == "padded" else self._best_fit(wanted)
         ids = [token for part in parts for token in part.ids]
-        # a conversation begins unasked: its first token is nobody's target
+        # A conversation's first token, BOS, is not a target: the input before it is the end of
+        # another conversation.
         mask = [bit for part in parts for bit in (0, *part.mask[1:])]
         padding = wanted - len(ids)
         filler = self.tokenizer.encode_special("<|assistant_end|>")
@@ -144,11 +156,13 @@ class ConversationLoader:
         while sum(len(rendered.ids) for rendered in self.waiting) < wanted:
             self.waiting.append(self._take())
         ids = [token for rendered in self.waiting for token in rendered.ids]
+        # what is left, with the token that both rows share, waits for the next row
         rest = ids[wanted - 1 :]
         self.waiting = [Rendered(rest, [1] * len(rest))]
         return ids[:wanted], [1] * wanted
 
     def _best_fit(self, room: int) -> list[Rendered]:
+        """Conversations for one row: the longest in the buffer that fits, until none does."""
         parts: list[Rendered] = []
         while True:
             while len(self.waiting) < PACKING_BUFFER:

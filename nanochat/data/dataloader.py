@@ -1,6 +1,6 @@
 """Text shards -> batches of token ids: streaming, tokenizing, distributed, exactly resumable.
 
-    DataLoader        makes the batches one by one; each carries the state that continues behind it
+    DataLoader        makes the batches one by one; each carries the state to resume after it
     CUDAPrefetcher    runs a loader ahead in a thread and copies to the GPU on a stream of its own
 
 Rank r reads every world_size-th block of rows; with a token cache all ranks walk through the same
@@ -32,7 +32,7 @@ BATCHES_AHEAD = 4  # a row group is read and its first documents tokenized withi
 
 
 class Batch(NamedTuple):
-    """inputs and targets (B, T) int64, and the state that continues behind this batch."""
+    """inputs and targets (B, T) int64, and the state to resume after this batch."""
 
     inputs: Tensor
     targets: Tensor
@@ -59,7 +59,7 @@ class Packer(Protocol):
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue behind the batch of this state."""
+        """Continue after the batch of this state."""
         ...
 
 
@@ -76,7 +76,7 @@ class StreamPacker:
     def pack(self, pair: np.ndarray | None) -> None:
         row, filled = self._row, 0
         while filled < len(row):
-            if self.start == len(self.document):
+            if self.start == len(self.document):  # used up: open the next one
                 self.number, self.document = next(self.documents)
                 self.start = 0
             part = self.document[self.start : self.start + len(row) - filled]
@@ -99,10 +99,16 @@ class StreamPacker:
 
 
 class BestFitPacker:
-    """Rows that begin with a document: the longest that fits, again and again, the rest cropped.
+    """Rows that begin with a document: the longest that fits, again and again, the last cropped.
 
-    A document longer than a row is cropped to one when it arrives. Waiting whole, such documents
-    would never fit, crowd out the others and fill gaps that a short one fills with less loss.
+    Rows of 8 tokens, documents of 6, 5, 3, 3 and 2 tokens waiting:
+
+        6 6 6 6 6 6 2 2    6 is the longest that fits, then 2 fills the rest
+        5 5 5 5 5 3 3 3
+        3 3 3 ...          if nothing that waits fits the rest, the shortest document is cropped
+
+    A document longer than a row is cropped to one when it arrives. If it waited whole it would
+    never fit, take up space in the window, and be cropped in the end where a short one loses less.
     """
 
     def __init__(self, source: DocumentSource, batch_size: int, sequence_len: int) -> None:
@@ -120,6 +126,7 @@ class BestFitPacker:
     def _take(self, room: int) -> np.ndarray:
         while len(self.waiting) < self.window:
             self._add(*next(self.documents))
+        # (room, 1) sorts after every document of length `room`, whose second element is <= 0
         fitting = bisect_right(self.waiting, (room, 1))
         # nothing fits: crop the shortest
         return self.waiting.pop(max(0, fitting - 1))[2][:room]
@@ -136,6 +143,7 @@ class BestFitPacker:
             pair[0], pair[1] = self._rows[:, :-1], self._rows[:, 1:]
 
     def state(self) -> dict[str, Any]:
+        # numbers only; a resumed run reads and tokenizes these documents again
         waiting = np.sort(np.fromiter((-entry[1] for entry in self.waiting), np.int64))
         return {"document": self.documents.position, "waiting": torch.from_numpy(waiting)}
 
@@ -158,7 +166,7 @@ class DataLoader:
     device       where the batches will go: for a GPU they lie in pinned memory.
     packing      "stream" loses no token; "bestfit" begins every row with a document and crops.
     threads      of the tokenizer; they do not change the batches.
-    state        of a Batch: continue behind it.
+    state        of a Batch: continue after it.
     token_cache  folder of token shards, which are written first where they are missing.
     Raises       ValueError for fewer documents than ranks, a state of another run, a bad shard.
     """
@@ -211,6 +219,7 @@ class DataLoader:
     def __next__(self) -> Batch:
         # PyTorch's host allocator hands a pinned block out again when the copies from it are done
         pair = torch.empty(self.shape, dtype=torch.int64, pin_memory=self.pin)
+        # with a token cache every rank packs all ranks' batches, and copies out only its own
         for own in self.turns:
             self.packer.pack(pair.numpy() if own else None)
         return Batch(pair[0], pair[1], self._state())

@@ -4,7 +4,8 @@
     Documents       any source's documents one by one
 
 Document n of a source is row n % num_documents of its blocks; n // num_documents is the pass over
-the data. A number says all about a position, so that a state to resume from is a few numbers.
+the data. Since a number determines a position, a state to resume from is a few numbers. With
+three documents in all, 0 1 2 are the first pass, 3 4 5 the same documents in the second.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +26,7 @@ DOCUMENTS_AT_ONCE = 128  # tokenized together: enough for several threads, a few
 
 @runtime_checkable
 class ArrayTokenizer(Protocol):
-    """A tokenizer that makes no Python list."""
+    """A tokenizer that returns arrays, without a Python list of ids."""
 
     def encode_to_numpy(
         self, texts: list[str], prepend: int | str | None = ..., num_threads: int = ...
@@ -35,7 +36,7 @@ class ArrayTokenizer(Protocol):
 
 
 def encode_documents(tokenizer: Tokenizer, texts: list[str], threads: int) -> list[np.ndarray]:
-    """Ids of each text behind a BOS, uint16 if every id of the vocabulary fits, else uint32."""
+    """Ids of each text after a BOS, uint16 if every id of the vocabulary fits, else uint32."""
     bos = tokenizer.get_bos_token_id()
     if isinstance(tokenizer, ArrayTokenizer):
         tokens, offsets = tokenizer.encode_to_numpy(texts, prepend=bos, num_threads=threads)
@@ -63,7 +64,7 @@ class DocumentSource(ABC):
 
     @abstractmethod
     def read(self, number: int) -> tuple[list[np.ndarray], int]:
-        """The documents from `number` on, as many as are handy, and the number behind them."""
+        """A run of documents beginning with `number`, and the number of the one after them."""
 
     @abstractmethod
     def read_each(self, numbers: Iterable[int]) -> list[np.ndarray]:
@@ -94,17 +95,19 @@ class TextSource(DocumentSource):
     def read(self, number: int) -> tuple[list[np.ndarray], int]:
         index, row = self.locate(number)
         try:
-            column = self._column(index)
+            column = self._column(index)  # of the whole row group, kept for the next calls
         except ValueError as error:
             if not self.skip_bad_shards:
                 raise
             self._note_bad(index, error)
+            # no documents, and continue at the block after this one
             block = self.blocks[index]
             return [], number - row + block.row_stop - block.row_start
         texts = column[row : row + DOCUMENTS_AT_ONCE].to_pylist()
         return encode_documents(self.tokenizer, texts, self.threads), number + len(texts)
 
     def read_each(self, numbers: Iterable[int]) -> list[np.ndarray]:
+        # neighbours in one row group are read together: resuming asks for about a thousand
         found: list[np.ndarray] = []
         places = groupby(map(self.locate, numbers), key=lambda place: place[0])
         for index, group in places:
@@ -134,7 +137,7 @@ class Documents:
     def __init__(self, source: DocumentSource, position: int = 0) -> None:
         self.source = source
         self.position = position
-        self._behind = position  # of what is read
+        self._next_read = position  # number after the documents that have been read
         self._read: deque[tuple[int, np.ndarray]] = deque()
 
     def __iter__(self) -> "Documents":
@@ -142,8 +145,8 @@ class Documents:
 
     def __next__(self) -> tuple[int, np.ndarray]:
         while not self._read:
-            first = self._behind
-            documents, self._behind = self.source.read(first)
+            first = self._next_read
+            documents, self._next_read = self.source.read(first)
             self._read.extend(enumerate(documents, first))
         number, tokens = self._read.popleft()
         self.position = number + 1

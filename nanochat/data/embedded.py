@@ -1,4 +1,4 @@
-"""A corpus of real text that needs no download: what the Python at hand brings with it.
+"""A corpus of real text that needs no download: what the running Python comes with.
 
 Documentation topics, the standard library, and the sources and documentation of the installed
 packages: text files only, without duplicates, in a fixed order, cut to documents of 1 to 8 KB.

@@ -64,7 +64,7 @@ def download_shard(
         pq.read_metadata(path)
     except pa.ArrowException as error:
         path.unlink()
-        raise ValueError(f"{name} on the hub is no parquet file: {error}") from error
+        raise ValueError(f"{name} on the hub is not a parquet file: {error}") from error
     path.replace(folder / name)
     return folder / name
 

@@ -100,6 +100,7 @@ def row_blocks(data_dir: Path, split: str, skip_bad_shards: bool = False) -> lis
     others = list(islice(good, 1 if split == "val" else None))
     if others:
         return blocks if split == "val" else list(chain.from_iterable(reversed(others)))
+    # a single shard: hold out its last row groups, or the last rows of its only one
     if len(blocks) > 1:
         cut = len(blocks) - max(1, round(VALIDATION_SHARE * len(blocks)))
         return blocks[cut:] if split == "val" else blocks[:cut]
@@ -141,7 +142,7 @@ def shard_blocks(path: Path) -> list[RowBlock]:
     if not sum(counts):
         raise ValueError(unreadable(path, "it has no rows"))
     firsts = accumulate(counts, initial=0)
-    groups = enumerate(zip(counts, firsts, strict=False))  # the last first is behind them all
+    groups = enumerate(zip(counts, firsts, strict=False))  # firsts has one more, the total
     return [RowBlock(path, i, 0, count, first) for i, (count, first) in groups if count]
 
 
@@ -168,6 +169,7 @@ def share(blocks: list[RowBlock], rank: int, world_size: int) -> list[RowBlock]:
 
     Raises  ValueError if there are fewer documents than ranks.
     """
+    # a small corpus may have fewer row groups than ranks: halve them until there are enough
     while len(blocks) < world_size:
         parts = [part for block in blocks for part in block.halves()]
         if len(parts) == len(blocks):

@@ -1,12 +1,12 @@
 """Token shards: what the tokenizer makes of a text shard, written once and mapped into memory.
 
     <folder>/<tokenizer>/<text shard>-<digest>/
-        tokens.bin     ids of all documents, each behind a BOS, one after the other
+        tokens.bin     ids of all documents, each after a BOS, one after the other
         offsets.npy    (documents + 1,) int64: where each begins, and the end
         meta.json      type of the ids, SHA-256 of the two files
 
-A shard appears whole, by one rename. Several processes may want the same shards: each writes some.
-The files are checked when they are first read from.
+A shard appears atomically, by one rename. Several processes that need the same shards divide the
+work between them. The files are checked when they are first read.
 """
 
 import json
@@ -50,11 +50,12 @@ class TokenShard:
                     raise ValueError(f"{name} has another SHA-256 than when it was written")
             if meta["dtype"] not in DTYPES:
                 raise ValueError(f"ids of type {meta['dtype']}")
+            # offsets are small and read whole; tokens stay on disk until a document is read
             offsets = np.load(path / OFFSETS)
             tokens = np.memmap(path / TOKENS, meta["dtype"], mode="r")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"token shard {path} is damaged ({error}); delete it: it is written again"
+                f"token shard {path} is damaged ({error}); delete it, and it will be written again"
             ) from error
         return cls(tokens.view(np.ndarray), offsets)  # a slice of a memmap costs far more
 
@@ -102,14 +103,17 @@ def write_missing(tokenizer: Tokenizer, shards: dict[Path, Path], threads: int) 
 
     Raises  ValueError naming a text shard that cannot be read.
     """
-    for wait in (False, True):  # first what nobody is at, then what others have not finished
+    # Two passes divide the shards between processes without a plan: in the first each process
+    # writes whatever no other has locked; in the second it waits for the others to finish theirs,
+    # and writes what a process that died has left.
+    for wait in (False, True):
         for number, (path, target) in enumerate(shards.items(), 1):
             if target.is_dir():
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with FileLock(target.with_name(f".{target.name}.lock"), timeout=-1 if wait else 0):
-                    if not target.is_dir():
+                    if not target.is_dir():  # another process may just have finished it
                         print(f"tokenizing {path} ({number} of {len(shards)})", flush=True)
                         _write(tokenizer, path, target, threads)
             except Timeout:
@@ -119,10 +123,11 @@ def write_missing(tokenizer: Tokenizer, shards: dict[Path, Path], threads: int) 
 def _write(tokenizer: Tokenizer, path: Path, target: Path, threads: int) -> None:
     source = TextSource(tokenizer, shard_blocks(path), threads)
     temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     temporary.mkdir()
     try:
         number, lengths, dtype = 0, [0], DTYPES[0]
+        # a few documents at a time: their tokens are never all in memory
         with _durable(temporary / TOKENS) as file:
             while number < source.num_documents:
                 documents, number = source.read(number)
@@ -144,7 +149,7 @@ def _write(tokenizer: Tokenizer, path: Path, target: Path, threads: int) -> None
 
 @contextmanager
 def _durable(path: Path) -> Iterator[BinaryIO]:
-    """A new file that is on the disk when this ends."""
+    """A new file that is on the disk, not only in a cache, when the block ends."""
     with path.open("wb") as file:
         yield file
         file.flush()

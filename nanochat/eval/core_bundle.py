@@ -72,7 +72,7 @@ def load_tasks(bundle: Path, only: str = "") -> list[CoreTask]:
     for entry in yaml.safe_load(config_path.read_text(encoding="utf-8"))["icl_tasks"]:
         path = bundle / "eval_data" / entry["dataset_uri"]
         if not path.is_file():
-            raise ValueError(f"{path} is missing: the bundle is not whole; download it anew")
+            raise ValueError(f"{path} is missing: the bundle is incomplete; download it again")
         tasks.append(
             CoreTask(
                 entry["label"],
@@ -107,13 +107,13 @@ def get_bundle(base_dir: Path, url: str = URL) -> Path:
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Download into `part`, going on where an interrupted download stopped."""
+    """Download into `part`, resuming where an interrupted download stopped."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
     try:
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
             if response.status_code == requests.codes.requested_range_not_satisfiable:
-                return  # all of it is here
+                return  # the file is complete
             response.raise_for_status()
             resumed = response.status_code == requests.codes.partial_content
             size = int(response.headers.get("Content-Length", 0))
@@ -126,7 +126,7 @@ def _fetch(url: str, part: Path) -> None:
                 raise requests.ConnectionError("the download ended early")
     except requests.RequestException as error:
         raise ValueError(
-            f"cannot download {url} ({error}); run again to go on, or give --bundle_dir"
+            f"cannot download {url} ({error}); run again to resume, or give --bundle_dir"
         ) from error
 
 
@@ -138,7 +138,7 @@ def _unpack(archive: Path, folder: Path) -> None:
             file.extractall(temporary)
     except zipfile.BadZipFile as error:
         archive.unlink()
-        raise ValueError(f"{archive} was no archive and is removed; run again") from error
+        raise ValueError(f"{archive} was not an archive and has been removed; run again") from error
     inner = temporary / FOLDER
     (inner if inner.is_dir() else temporary).rename(folder)
     shutil.rmtree(temporary, ignore_errors=True)

@@ -43,9 +43,9 @@ def evaluate_bpb(
 def evaluate_loss(
     model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]], runtime: Runtime
 ) -> float:
-    """Nats per target of `model` over (inputs, targets) batches, over all ranks; -1 is no target.
+    """Nats per target of `model` over (inputs, targets) batches, over all ranks.
 
-    Returns  inf if there is no target.
+    Targets of -1 do not count. Returns inf if none counts.
     """
     nats = torch.zeros((), dtype=torch.float64, device=runtime.device)
     count = torch.zeros((), dtype=torch.int64, device=runtime.device)

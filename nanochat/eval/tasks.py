@@ -4,9 +4,9 @@ A task is anything with `__len__`, `__getitem__` -> conversation, `eval_type` an
 `evaluate(conversation, answer)`, as in tasks/.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import comb
 from typing import Any, Protocol
 
 import torch
@@ -20,17 +20,8 @@ from nanochat.infer.sampling import SamplingSettings
 from nanochat.text.chat_format import Conversation, render_for_completion
 from nanochat.text.tokenizer_base import Tokenizer
 
-# waiting for each slot of the engine, so that a long answer does not leave the other slots idle
-REQUESTS_A_SLOT = 16
-# accuracy of guessing: four choices, or none
-BASELINES = {
-    "ARC-Easy": 0.25,
-    "ARC-Challenge": 0.25,
-    "MMLU": 0.25,
-    "GSM8K": 0.0,
-    "HumanEval": 0.0,
-    "SpellingBee": 0.0,
-}
+# queued for each slot of the engine, so that a long answer does not leave the other slots idle
+REQUESTS_PER_SLOT = 16
 
 
 class Task(Protocol):
@@ -80,7 +71,7 @@ def evaluate_categorical(
     batch_size: int,
     max_problems: int = 0,
 ) -> Accuracy:
-    """Share of problems whose right letter has the largest logit of the problem's letters.
+    """Share of problems whose right letter has the largest logit among the problem's letters.
 
     Problems are padded on the right and answered `batch_size` at a time, shared over the ranks.
     Raises  ValueError if a letter is not one token.
@@ -92,6 +83,7 @@ def evaluate_categorical(
         too_long += len(batch) - len(fitting)
         if not fitting:
             continue
+        # padding is on the right, so it does not change the logits at a prompt's last token
         logits = _last_logits(model, [ids for _, ids in fitting])
         for (conversation, _), row in zip(fitting, logits, strict=True):
             letters = conversation["letters"]
@@ -119,7 +111,8 @@ def evaluate_generative(
     passed = torch.zeros(len(ks), dtype=torch.float64, device=runtime.device)
     right = too_long = 0
     indices = share(task, runtime, max_problems)
-    at_once = max(1, REQUESTS_A_SLOT * engine.num_slots // num_samples)
+    at_once = max(1, REQUESTS_PER_SLOT * engine.num_slots // num_samples)
+    # a bounded number of problems at a time: answers are kept until they are checked
     for start in range(0, len(indices), at_once):
         conversations = [task[i] for i in indices[start : start + at_once]]
         requests = []
@@ -134,6 +127,7 @@ def evaluate_generative(
                 for i in range(num_samples)
             ]
         handles = engine.complete([request for _, request in requests])
+        # the samples of one problem are next to each other
         for first in range(0, len(handles), num_samples):
             conversation = requests[first][0]
             answers = [engine.tokenizer.decode(h.tokens) for h in handles[first:][:num_samples]]
@@ -158,7 +152,7 @@ def _batches(
 
 
 def _last_logits(model: GPT, prompts: Sequence[list[int]]) -> Tensor:
-    """Logits (len(prompts), V) behind each prompt."""
+    """Logits (len(prompts), V) of the token after each prompt."""
     longest = max(len(ids) for ids in prompts)
     padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts])
     last = torch.tensor([len(ids) - 1 for ids in prompts], device=model.device)
@@ -173,12 +167,16 @@ def _letter_token(tokenizer: Tokenizer, letter: str) -> int:
     return ids[0]
 
 
-def chatcore(accuracies: Mapping[str, float]) -> float | None:
-    """Mean over all six tasks of (accuracy - guessing) / (1 - guessing); None if one is missing."""
-    if set(accuracies) != set(BASELINES):
+def chatcore(accuracies: Mapping[str, float], guessing: Mapping[str, float]) -> float | None:
+    """Mean over the tasks of (accuracy - guessing) / (1 - guessing); None unless the
+    tasks are exactly those of ChatCORE.
+
+    guessing  accuracy of a model that knows nothing, for each task of ChatCORE.
+    """
+    if set(accuracies) != set(guessing):
         return None
-    centred = [(accuracies[name] - b) / (1 - b) for name, b in BASELINES.items()]
-    return sum(centred) / len(centred)
+    centered = [(accuracies[name] - base) / (1 - base) for name, base in guessing.items()]
+    return math.fsum(centered) / len(centered)
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
@@ -192,4 +190,4 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
             f"pass@{k} of {num_right} right among {num_samples} samples: k must be 1 to "
             f"{num_samples}; sample more with --num_samples"
         )
-    return 1 - comb(num_samples - num_right, k) / comb(num_samples, k)
+    return 1 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)

@@ -20,7 +20,7 @@ EXACT_BELOW = 2**53  # larger doubles have gaps above 1
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 # what an expression may hold besides texts; Python's parser prints warnings about much else
 TEXTS = re.compile(r"'[^'\\]*'|" r'"[^"\\]*"')
-BESIDE_TEXTS = re.compile(r"(?:[\d\s.,eE+\-*/%()]|\.count)*")
+OUTSIDE_TEXTS = re.compile(r"(?:[\d\s.,eE+\-*/%()]|\.count)*")
 
 
 class _RefusedError(ValueError):
@@ -33,10 +33,10 @@ def use_calculator(expression: str) -> str | None:
     Whole results have no decimal point: `24/2` is `12`. Thousands may be separated by commas.
     Never raises for a str, and takes milliseconds at most.
     """
-    beside_texts = TEXTS.sub("", expression[: MAX_LENGTH + 1])
-    if len(expression) > MAX_LENGTH or not BESIDE_TEXTS.fullmatch(beside_texts):
+    outside_texts = TEXTS.sub("", expression[: MAX_LENGTH + 1])
+    if len(expression) > MAX_LENGTH or not OUTSIDE_TEXTS.fullmatch(outside_texts):
         return None
-    if beside_texts == expression:
+    if outside_texts == expression:
         expression = THOUSANDS.sub("", expression)
     try:
         tree = ast.parse(expression.strip(), mode="eval")
@@ -58,7 +58,7 @@ def _value(node: ast.expr) -> Number:
 
 
 def _bounded(value: object) -> Number:
-    """The value, if it is a number of a size that is allowed; bool and complex are none."""
+    """The value, if it is an int or float of an allowed size, and not a bool or complex."""
     if type(value) is float and math.isfinite(value):
         return value
     if type(value) is int and value.bit_length() <= MAX_BITS:

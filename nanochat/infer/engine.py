@@ -2,9 +2,17 @@
 
     submit -> waits for a slot -> prefill: the prompt but its last token -> one token a step
 
+Two slots and three requests A, B, C with answers of 2, 4 and 2 tokens:
+
+    step   slot 0            slot 1            waiting
+    1      prefill A, a1     prefill B, b1     C
+    2      a2 (ends)         b2                C
+    3      prefill C, c1     b3
+    4      c2 (ends)         b4 (ends)
+
 A step evicts what was cancelled, admits what waits, feeds every slot its last token and draws the
-next. Sampling and the test for the end run on the device; one transfer a step brings the tokens to
-the host, where the calculator answers: its tokens are forced upon the row, one a step.
+next. Sampling and the test for the end run on the device; one transfer per step brings the tokens
+to the host, where the calculator answers: its tokens are forced upon the row, one per step.
 A request's tokens depend on its prompt and settings, not on its slot or the requests beside it, up
 to the rounding of matrix products, which differs between batch sizes.
 
@@ -21,6 +29,7 @@ import torch
 from nanochat.gpt import GPT, KVCache
 from nanochat.infer.requests import Handle, Request, TokenEvent, ToolCalls, check_whole, samples_of
 from nanochat.infer.sampling import SamplingRows, sample
+from nanochat.infer.weights import cast_weights
 from nanochat.text.tokenizer_base import Tokenizer
 
 SPAN_STEP = 64  # attention reads the cache up to a multiple of this: few shapes, little waste
@@ -34,18 +43,6 @@ class _Slot:
     prefix: tuple[int, ...]  # the prompt but its last token; its keys and values begin the slot
     length: int  # positions in the cache
     tools: ToolCalls | None
-
-
-def cast_weights(model: GPT) -> GPT:
-    """The model with weights in its compute dtype: itself if they already are, else a copy."""
-    if all(p.dtype == model.dtype for p in model.parameters()):
-        return model
-    with torch.device("meta"):
-        twin = GPT(model.config, model.dtype)
-    weights = {name: w.to(model.dtype) for name, w in model.state_dict().items()}
-    twin.load_state_dict(weights, assign=True)
-    twin.cos, twin.sin = model.cos, model.sin
-    return twin.requires_grad_(False)
 
 
 class Engine:
@@ -95,9 +92,9 @@ class Engine:
 
     @torch.no_grad()
     def update_weights(self) -> None:
-        """Take the weights anew from the model the engine was made of, when it has been trained.
+        """Copy the weights of the model that the engine was made with, after it has been trained.
 
-        Requests under way go on with keys and values of the old weights.
+        Running requests keep the keys and values that the old weights computed.
         """
         with self._step_lock:
             if self.model is not self.source:
@@ -106,7 +103,7 @@ class Engine:
     def submit(
         self, request: Request, on_event: Callable[[TokenEvent], None] | None = None
     ) -> Handle:
-        """Queue a request: it goes on while any thread calls `step`.
+        """Queue a request; it progresses while any thread calls `step`.
 
         on_event  called with every event by the thread that steps; must neither raise nor block.
         Raises    ValueError for a request that this model cannot answer.
@@ -141,7 +138,7 @@ class Engine:
                 if self._any_cancelled:
                     self._any_cancelled = False
                     self._end(lambda handle: handle.cancelled, "cancelled")
-                self._admit()
+                self._admit()  # before decoding: a new request gets its first token in this step
                 busy = self.num_active > 0
                 if busy:
                     self._decode()
@@ -180,6 +177,7 @@ class Engine:
                 if fresh and (len(fresh) + 1) * longest > self.prefill_tokens:
                     break
                 handle = self._waiting.popleft()
+            # Is the same prompt in the cache already, or about to be prefilled for another slot?
             holder = next((i for i, s in enumerate(self._slots) if s and s.prefix == prefix), None)
             slot = self._slots.index(None)
             self._occupy(slot, handle, prefix)
@@ -216,6 +214,8 @@ class Engine:
             self._cache.fill(slots, cache, row, len(prefix))
 
     def _decode(self) -> None:
+        # On the device: rows up to the last used slot, positions up to the longest one, rounded up
+        # to keep the number of shapes small.
         used = {index: slot for index, slot in enumerate(self._slots) if slot is not None}
         B = max(used) + 1
         longest = max(slot.length for slot in used.values()) + 1
@@ -226,6 +226,7 @@ class Engine:
             slot.handle.request.sampling.num_candidates(self.vocab_size) for slot in used.values()
         )
         tokens, finished, logprobs = self._decode_on_device(B, span, forced_B, candidates)
+        # On the host: tool calls, events, and free the slots of what has ended.
         for index, slot in used.items():
             slot.length += 1
             token = int(tokens[index])
@@ -333,7 +334,7 @@ class Engine:
         seed: int = 42,
         top_p: float = 1.0,
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """(sequences, masks) of `num_samples` answers behind their prompt, whose mask is 0.
+        """(sequences, masks) of `num_samples` answers, each after its prompt, whose mask is 0.
 
         Stop tokens are left out; masks as in `generate`.
         """

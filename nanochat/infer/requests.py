@@ -115,14 +115,15 @@ class ToolCalls:
         self._expression: list[int] | None = None
 
     def see(self, token: int) -> None:
-        """Take note of a token; the end of a call that has a value fills `forced`."""
+        """Record a token; when a call that has a value ends, fill `forced`."""
         if token == self._start:
-            self._expression = []
+            self._expression = []  # collect until the end token; a second start begins again
         elif self._expression is None:
             return
         elif token == self._end:
             value = use_calculator(self._tokenizer.decode(self._expression))
             self._expression = None
+            # no value (not arithmetic, or too large): the model continues without an output
             if value is not None:
                 self.forced.extend(
                     self._tokenizer.encode(value, "<|output_start|>", "<|output_end|>")

@@ -1,14 +1,14 @@
 """Draw the next token of every row, each row with settings and random numbers of its own.
 
-    p      softmax(logits / temperature) over the top_k likeliest tokens, and of these over the
+    p      softmax(logits / temperature) over the top_k most likely tokens, and of these over the
            smallest set that holds a share top_p of the probability
     token  the first one whose cumulative probability, in vocabulary order, exceeds u
     u      output number `position` of the generator SplitMix64 whose state is the row's key
 
 The token depends on nothing but the row's own logits, settings, key and position.
-Tokens as likely as the last one let in are in too, so that ties do not depend on an order.
+Tokens tied with the last one allowed are allowed too, so that ties do not depend on an order.
 
-Letters  B rows, V vocabulary, K likeliest tokens looked at.
+Letters  B rows, V vocabulary, K most likely tokens considered.
 Source   SplitMix64: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators";
          top-p: arXiv:1904.09751.
 """
@@ -29,9 +29,9 @@ MIN_TEMPERATURE = 1e-6  # a softcapped logit divided by it is far from the end o
 class SamplingSettings:
     """How one row is sampled.
 
-    temperature  0 takes the likeliest token.
-    top_k        sample among the k likeliest; None or 0 is all.
-    top_p        sample among the likeliest that hold this share of the probability; 1 is all.
+    temperature  0 takes the most likely token.
+    top_k        sample among the k most likely tokens; None or 0 is all.
+    top_p        sample among the most likely that hold this share of the probability; 1 is all.
     seed         any integer; sample: which of the independent samples with this seed.
     Raises       ValueError outside 0 <= temperature, 0 <= top_k, 0 < top_p <= 1, 0 <= sample.
     """
@@ -53,7 +53,7 @@ class SamplingSettings:
             raise ValueError(f"sample {self.sample} must not be negative")
 
     def num_candidates(self, vocab_size: int) -> int:
-        """How many of the likeliest tokens must be looked at; 0 where none is excluded."""
+        """How many of the most likely tokens must be considered; 0 if none is excluded."""
         if self.temperature == 0:
             return 0
         if 0 < (self.top_k or 0) < vocab_size:
@@ -95,15 +95,18 @@ def sample(logits_BV: Tensor, rows: SamplingRows, num_candidates: int) -> Tensor
 
     num_candidates  largest `SamplingSettings.num_candidates` of the rows.
     """
+    # 1. Temperature; greedy rows are divided by 1 and decided by argmax at the end.
     count = logits_BV.shape[0]
     temperature = rows.temperature[:count, None]
     scaled = logits_BV / torch.where(temperature > 0, temperature, 1)
+    # 2. Exclude what top_k and top_p do not allow.
     if num_candidates:
         lowest = _lowest_allowed(scaled, rows.top_k[:count], rows.top_p[:count], num_candidates)
         allowed = scaled.masked_fill(scaled < lowest[:, None], float("-inf"))
     else:
         allowed = scaled
-    # MPS knows no float64
+    # 3. Invert the cumulative distribution at u. In float32 the sum over a large vocabulary would
+    # be off by more than the probability of rare tokens; MPS has no float64.
     exact = torch.float32 if logits_BV.device.type == "mps" else torch.float64
     cumulative = allowed.softmax(dim=-1).cumsum(dim=-1, dtype=exact)
     u = uniform(rows.key[:count], rows.position[:count], exact)
@@ -113,7 +116,12 @@ def sample(logits_BV: Tensor, rows: SamplingRows, num_candidates: int) -> Tensor
 
 
 def _lowest_allowed(scaled_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, K: int) -> Tensor:
-    """The lowest scaled logit (B,) that top_k and top_p let in."""
+    """The lowest scaled logit (B,) that top_k and top_p allow.
+
+    One row with top_k = 3, top_p = 0.7 and probabilities .5 .3 .2 among its best three: the tokens
+    more likely than each hold 0, .5 and .8, so the first two are inside, and the second's logit is
+    the lowest allowed.
+    """
     best_BK = scaled_BV.topk(K).values
     rank = torch.arange(K, device=best_BK.device)
     probabilities = best_BK.masked_fill(rank >= top_k_B[:, None], float("-inf")).softmax(dim=-1)

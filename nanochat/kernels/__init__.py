@@ -2,13 +2,15 @@
 
     registry                      Op: a reference and faster implementations, chosen by --kernels
     launch                        how a Triton kernel starts: tiles, interpreter, recorder
-    interpreter                   bfloat16 as hardware computes it, in Triton's interpreter
+    optional_triton               the package triton, or a stand-in where there is none
+    interpreter                   narrow floats as hardware computes them, in Triton's interpreter
     workloads                     sizes of each operation inside d12, d20, d32
     roofline                      FLOPs and bytes -> speed-of-light seconds
     aot                           compile every configuration for SM90 and SM120 without a GPU
     rms_norm                      RMSNorm, alone and fused with the residual addition
-    norm_rope                     QK-norm and rotary embedding: the Triton kernels
-    qk_norm_rope                  QK-norm and rotary embedding: the operation
+    norm_rope                     rotary embedding and norm of the heads of one tensor
+    norm_rope_kernels             rotary embedding and norm: the Triton kernels
+    qk_norm_rope                  rotary embedding and norm inside a packed QKV projection
     relu2_mlp                     the ReLU^2 network: the operation
     relu2_mlp_kernels             the ReLU^2 network: products with fused epilogues
     attention                     causal attention with grouped queries, by SDPA, Flash or flex

@@ -7,6 +7,9 @@ Shapes  weight, gradient, exp_avg, exp_avg_sq: one shape, any, contiguous.
 Dtypes  float32, as the optimizer keeps them.
 Saves   nothing: an optimizer's operation, not differentiated.
 Cost    28 bytes an element; operation by operation it is about 80.
+Tiles   The head of d12, 65,536 x 768, is 50 million elements or 49,152 blocks of 1024. A program
+        reads 4 KiB each of w, g, m and v, and writes w, m and v: 1.4 GB in all, where the
+        operations of the reference move about 4 GB.
 Source  arXiv:1711.05101, algorithm 2; torch.optim.AdamW, operation by operation.
 """
 
@@ -15,13 +18,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.launch import cdiv, config, launch, needs_triton, worth_compiling
+from nanochat.kernels.launch import Config, cdiv, launch, needs_triton, worth_compiling
+from nanochat.kernels.optional_triton import tl, triton
 from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.workloads import Workload
+
+STEP = Config(
+    "adamw_step.step",
+    {
+        "BLOCK": 1024,
+        "num_warps": 4,
+        "num_stages": 1,
+        "origin": "not measured: 32 bytes a thread and tensor",
+    },
+)
 
 
 @torch.no_grad()
@@ -50,14 +62,17 @@ def step_kernel(
     weight_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, size,
     beta1, beta2, eps, decay, rate, root_scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # the tensors are contiguous and of one shape, so one offset serves all four
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     w = tl.load(weight_ptr + at, mask=mask, other=0.0)
     g = tl.load(gradient_ptr + at, mask=mask, other=0.0)
     m = tl.load(exp_avg_ptr + at, mask=mask, other=0.0)
     v = tl.load(exp_avg_sq_ptr + at, mask=mask, other=0.0)
+    # moments; g - m before the product, as torch.lerp does, so that a constant g gives m = g
     m += (1.0 - beta1) * (g - m)
     v = beta2 * v + (1.0 - beta2) * g * g
+    # bias corrections and decay are numbers of the whole step: the host put them into three factors
     w = w * decay - rate * m / (tl.sqrt(v) * root_scale + eps)
     tl.store(weight_ptr + at, w, mask=mask)
     tl.store(exp_avg_ptr + at, m, mask=mask)
@@ -77,7 +92,7 @@ def fused(
                 f"adamw_step takes four contiguous float32 tensors of one shape, not {x.dtype} "
                 f"{tuple(x.shape)} beside {tuple(weight.shape)}"
             )
-    options = config("adamw_step.step", weight, weight.numel())
+    options = STEP.choose(weight, weight.numel())
     grid = (cdiv(weight.numel(), options["BLOCK"]),)
     rates = beta1, beta2, eps, decay, rate, root_scale
     launch(step_kernel, grid, *tensors, weight.numel(), *rates, **options)
@@ -130,5 +145,8 @@ def workload(w: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Any
     return weight, torch.randn_like(weight), *zeros, 10, 0.004, (0.8, 0.95), 1e-10, 0.0
 
 
-adamw_step = Op("adamw_step", reference, cost, examples, workload)
+adamw_step = Op(
+    "adamw_step", reference, cost, examples, workload,
+    summary="28 bytes a parameter instead of about 80",
+)  # fmt: skip
 adamw_step.add("triton", triton_step, needs_triton, worth_compiling)

@@ -32,6 +32,7 @@ def visible(
     """Mask (B or 1, 1, T, S): True where the query may look."""
     ends = torch.full((1,), S, device=device) if kv_lengths_B is None else kv_lengths_B
     query = ends[:, None] - T + torch.arange(T, device=device)  # (B, T) positions
+    # (B or 1, 1, T, S): how far each key lies in the past of each query
     distance = query[:, None, :, None] - torch.arange(S, device=device)
     mask = distance >= 0
     return mask if window is None else mask & (distance < window)
@@ -54,7 +55,7 @@ def reference(
     return (weights.to(v.dtype) @ v).transpose(1, 2)
 
 
-# cuDNN is ahead of FlashAttention-2 on Hopper (1.7 to 2.3 times in training) and behind it on SM120
+# cuDNN is faster than FlashAttention-2 on Hopper (1.7 to 2.3 times in training), slower on SM120
 SDPA_ORDER = {
     9: [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION],
     12: [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION],
@@ -86,6 +87,7 @@ def sdpa(
             "choose --kernels=attention=flex, attention=varlen or a flash-attention package"
         )
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSHD, v_BSHD))
+    # is_causal keeps the fast kernels; a mask tensor is for the few queries of decoding
     options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]}
     if kv_lengths_B is None and T == S:
         options["is_causal"] = True
@@ -148,6 +150,7 @@ def varlen(
     q, k, v = (x.flatten(0, 1) for x in (q_BTHD, k_BSHD, v_BSHD))
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    # packed sequences of one length: sequence b begins at token b T
     starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
     left = -1 if window is None else window - 1
     y = varlen_attn(q, k, v, starts, starts, T, T, window_size=(left, 0))
@@ -200,16 +203,16 @@ def needs_package(module: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def flash_on_hopper(device: torch.device, dtype: torch.dtype) -> str:
-    """Reason against FlashAttention-3 and 4 unasked, or "": they are written for Hopper and up."""
+    """Reason why `auto` does not choose FlashAttention-3 or 4, or "": they are made for Hopper."""
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     if 9 <= major < 12:
         return ""
-    return "made for Hopper and data-center Blackwell; behind FlashAttention-2 elsewhere"
+    return "made for Hopper and data-center Blackwell; slower than fa2 elsewhere"
 
 
 def only_windows(device: torch.device, dtype: torch.dtype) -> str:
     """Reason against an implementation that windows alone make worthwhile."""
-    return "behind sdpa without a window"
+    return "slower than sdpa without a window"
 
 
 def cost(
@@ -263,7 +266,10 @@ def _flash_needs(name: str) -> Callable[[torch.device, torch.dtype], str]:
     return functools.partial(needs_package, FLASH_MODULES[name])
 
 
-attention = Op("attention", reference, cost, examples, workload)
+attention = Op(
+    "attention", reference, cost, examples, workload,
+    summary="PyTorch's kernels and the flash-attention packages, where installed: no score matrix",
+)  # fmt: skip
 attention.add("flex", flex, needs_cuda, only_windows)
 attention.add("varlen", varlen, needs_cuda, only_windows)
 attention.add("fa2", _flash_call("fa2"), _flash_needs("fa2"), only_windows)

@@ -76,7 +76,7 @@ def _checked(
     vocab_size: int | None,
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor, float, int, float]:
-    """Rows of x, weight, targets in a row, softcap, vocab_size, z_loss; ValueError if one is wrong.
+    """The arguments, x as rows and targets as one; ValueError if one is wrong.
 
     A kernel would read past the end of what is too short.
     """
@@ -208,10 +208,14 @@ def workload(w: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Ten
 
 
 def recomputes(device: torch.device, dtype: torch.dtype) -> str:
-    """Reason against the form that recomputes unasked."""
+    """Reason why `auto` does not choose the form that recomputes."""
     return "computes the logits twice; ask for it where memory is short"
 
 
-linear_cross_entropy = Op("linear_cross_entropy", reference, cost, examples, workload)
+linear_cross_entropy = Op(
+    "linear_cross_entropy", reference, cost, examples, workload,
+    summary="logits exist for a chunk of rows only; `triton` computes dx and dW in the forward "
+    "pass, `triton_min_memory` computes the logits twice",
+)  # fmt: skip
 linear_cross_entropy.add("triton_min_memory", triton_min_memory, needs_triton, recomputes)
 linear_cross_entropy.add("triton", triton_chunked, needs_triton, worth_compiling)

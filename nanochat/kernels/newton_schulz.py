@@ -9,12 +9,15 @@
     which needs two m x m x n products in all, three with the restart that rounding makes necessary.
 
 Shapes  G_LMN: (L, m, n), L independent matrices, tall ones transposed on the way; same shape out.
-Dtypes  any float in and out; the steps run in compute_dtype, bfloat16 unless told otherwise.
+Dtypes  any float in and out; the steps run in compute_dtype, bfloat16 by default.
 Saves   nothing: an optimizer's operation, not differentiated.
 Cost    L (4 m^2 n + 2 m^3) flops a step, m <= n; symmetric L (3 m^2 n + m^3); Gram about
         L (6 m^2 n + 14 m^3) for five steps.
 Error   bfloat16: about 1e-2 relative to float32; a matrix of zeros stays zero. The Gram form
         diverges in bfloat16: it runs in float16.
+Tiles   A symmetric product of m = 1280 rows has 10 x 10 tiles of 128, of which 55 are on or below
+        the diagonal. Program 7 computes tile (3, 1) and stores it twice: as it is, and transposed
+        as tile (1, 3).
 Source  Muon: kellerjordan.github.io/posts/muon; Polar Express: arXiv:2505.16932;
         Gram Newton-Schulz: dao-lab.ai/blog/2026/gram-newton-schulz.
 """
@@ -22,19 +25,25 @@ Source  Muon: kellerjordan.github.io/posts/muon; Polar Express: arXiv:2505.16932
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.launch import cdiv, config, launch, needs_triton, worth_compiling
+from nanochat.kernels.launch import Config, cdiv, launch, needs_triton, worth_compiling
+from nanochat.kernels.optional_triton import tl, triton
 from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.workloads import Workload
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
 NORM_EPS = 1e-7
-GRAM_RESTART = 3  # steps after which Q X is formed and R taken anew
+GRAM_RESTART = 3  # steps after which Q X is formed and R computed from it again
 GRAM_ASPECT = 2  # n >= 2 m: below, R and Q cost more than X
+
+PIPELINE = {"BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+PRODUCT = Config(
+    "newton_schulz.symmetric_product",
+    {"element_size": 4, "BLOCK_M": 64, "origin": "not measured"} | PIPELINE,
+    {"BLOCK_M": 128, "origin": "not measured: fits 99 KiB"} | PIPELINE,
+)
 
 
 def with_norm_safety(coefficients: Coefficients, safety: float) -> Coefficients:
@@ -89,17 +98,20 @@ def symmetric_product_kernel(
     a_batch, a_row, b_batch, b_row, d_batch, d_row,
     ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    # which tile: programs count the lower triangle row by row, 0 | 1 2 | 3 4 5 | ...
     pid = tl.program_id(0)
     # row of the pid-th tile of a lower triangle; the root may be off by one at whole squares
     i = ((tl.sqrt(8.0 * pid + 1.0) - 1.0) / 2.0).to(tl.int32)
     i = tl.where(i * (i + 1) // 2 > pid, i - 1, i)
     i = tl.where((i + 1) * (i + 2) // 2 <= pid, i + 1, i)
     j = pid - i * (i + 1) // 2
+    # the rows of a and of b whose products make the tile: b enters transposed, row by row as a does
     batch = tl.program_id(1).to(tl.int64)
     rows, columns = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + batch * a_batch + rows.to(tl.int64)[:, None] * a_row + k[None, :]
     b_ptrs = b_ptr + batch * b_batch + columns.to(tl.int64)[:, None] * b_row + k[None, :]
+    # along K, masked at its end: what lies past it must not multiply
     accumulator = tl.zeros((BLOCK_M, BLOCK_M), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         a_mask = (rows[:, None] < M) & (k[None, :] < K - start)
@@ -107,6 +119,7 @@ def symmetric_product_kernel(
         a = tl.load(a_ptrs + start, mask=a_mask, other=0.0)
         b = tl.load(b_ptrs + start, mask=b_mask, other=0.0)
         accumulator = tl.dot(a, b.T, accumulator, input_precision=PRECISION)
+    # alpha a b^T + beta d + diagonal I, in float32, rounded once
     mask = (rows[:, None] < M) & (columns[None, :] < M)
     c = alpha * accumulator
     if ADD:
@@ -116,6 +129,7 @@ def symmetric_product_kernel(
     c = c.to(c_ptr.dtype.element_ty)
     c_ptr += batch * M * M
     tl.store(c_ptr + rows.to(tl.int64)[:, None] * M + columns[None, :], c, mask=mask)
+    # the mirror image of the tile; tiles on the diagonal are their own
     if i != j:
         mirrored = c_ptr + columns.to(tl.int64)[:, None] * M + rows[None, :]
         tl.store(mirrored, c.T, mask=(columns[:, None] < M) & (rows[None, :] < M))
@@ -130,7 +144,7 @@ def symmetric_product(
     D = A if D_LMM is None else D_LMM.contiguous()
     L, M, K = A.shape
     C = torch.empty((L, M, M), dtype=A.dtype, device=A.device)
-    options = config("newton_schulz.symmetric_product", A, M)
+    options = PRODUCT.choose(A, M)
     tiles = cdiv(M, options["BLOCK_M"])
     strides = A.stride()[:2] + B.stride()[:2] + D.stride()[:2]
     launch(
@@ -203,11 +217,13 @@ def cost(
     return Cost(steps * L * (4 * m * m * n + 2 * m**3), steps * 2 * 2 * G_LMN.numel())
 
 
-def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Coefficients]]:
+def examples(
+    device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Coefficients, torch.dtype]]:
     """One small square, odd wide and tall stacks, more tiles than one, strided matrices."""
     for shape in ((1, 4, 4), (3, 5, 17), (2, 40, 24), (1, 150, 310)):
-        yield torch.randn(shape, device=device, dtype=dtype), MUON_COEFFICIENTS
-    yield torch.randn(3, 20, 50, device=device, dtype=dtype).mT, POLAR_EXPRESS_COEFFICIENTS
+        yield torch.randn(shape, device=device, dtype=dtype), MUON_COEFFICIENTS, dtype
+    yield torch.randn(3, 20, 50, device=device, dtype=dtype).mT, POLAR_EXPRESS_COEFFICIENTS, dtype
 
 
 def workload(
@@ -219,10 +235,13 @@ def workload(
 
 
 def other_rounding(device: torch.device, dtype: torch.dtype) -> str:
-    """Reason against choosing the Gram form unasked."""
-    return "rounds otherwise than the definition, in float16"
+    """Reason why `auto` does not choose the Gram form."""
+    return "rounds differently from the definition, in float16"
 
 
-newton_schulz = Op("newton_schulz", reference, cost, examples, workload)
-newton_schulz.add("triton_gram", triton_gram, needs_triton, other_rounding)
+newton_schulz = Op(
+    "newton_schulz", reference, cost, examples, workload,
+    summary="lower triangles of symmetric products only; `triton_gram` steps on X X^T in float16",
+)  # fmt: skip
+newton_schulz.add("triton_gram", triton_gram, needs_triton, other_rounding, error=4.0)
 newton_schulz.add("triton", triton_symmetric, needs_triton, worth_compiling)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from nanochat.kernels import norm_rope
 from nanochat.kernels.launch import needs_triton, worth_compiling
-from nanochat.kernels.norm_rope import rotary_tables, triton_backward, triton_forward
+from nanochat.kernels.norm_rope import rotary_tables
+from nanochat.kernels.norm_rope_kernels import triton_backward, triton_forward
 from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.workloads import HEAD_DIM, Workload
 
@@ -105,5 +106,9 @@ def workload(w: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Any
     return qkv_BTE, cos, sin, w.heads, w.num_kv_heads
 
 
-qk_norm_rope = Op("qk_norm_rope", reference, cost, examples, workload)
+qk_norm_rope = Op(
+    "qk_norm_rope", reference, cost, examples, workload,
+    summary="reads the packed QKV product in place, writes what attention reads; backward writes "
+    "one packed gradient",
+)  # fmt: skip
 qk_norm_rope.add("triton", triton_qk_norm_rope, needs_triton, worth_compiling)

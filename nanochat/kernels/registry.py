@@ -1,5 +1,12 @@
 """Op: one reference and its faster implementations, chosen once at start and printed.
 
+    my_op = Op("my_op", reference, cost, examples, workload)
+    my_op.add("triton", triton_my_op, needs_triton, worth_compiling)
+
+These two lines at the end of a file in this folder register an operation. `operations` finds it
+there; the tests, the ahead-of-time gate, the bench, `--kernels` and the table in docs/kernels.md
+all ask `operations`, so that nothing else has to be told.
+
 An implementation says why it cannot run (`needs`); `select` turns a `--kernels` text into one
 choice for every operation, all or none, before the model is built and compiled. There is no
 fallback at call time: what was selected is what runs. On a GPU every implementation is tried on a
@@ -7,17 +14,29 @@ tiny example first; version numbers decide nothing.
 """
 
 import difflib
+import importlib
+import pkgutil
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from triton.errors import TritonError
 
+from nanochat import kernels
+from nanochat.kernels.optional_triton import TritonError
 from nanochat.kernels.workloads import Workload
 
 Needs = Callable[[torch.device, torch.dtype], str]
-REGISTRY: dict[str, "Op"] = {}
+REGISTRY: dict[str, "Op"] = {}  # of the files imported so far: ask `operations` for all
+COLUMNS = 100  # of a line of the table on the console
+
+
+def operations() -> dict[str, "Op"]:
+    """Every operation by name: each file of this folder is imported once, and registers its own."""
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        importlib.import_module(module.name)
+    return REGISTRY
 
 
 def runs_everywhere(device: torch.device, dtype: torch.dtype) -> str:
@@ -39,12 +58,15 @@ class Implementation:
 
     needs  (device, dtype) -> "" if it can run there, otherwise the reason it cannot.
     auto   (device, dtype) -> "" if `--kernels=auto` may choose it, otherwise the reason against it.
+    error  its error may be this many times that of the reference in the same dtype, both against
+           float64; 2 leaves room for another order of sums.
     """
 
     name: str
     call: Callable[..., Any]
     needs: Needs
     auto: Needs = runs_everywhere
+    error: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -61,9 +83,12 @@ class Op:
     """An operation: call it like a function; `select` decides what runs.
 
     reference  differentiable PyTorch; the oracle in float64, and the implementation of last resort.
+    summary    what the fast implementations save, in a few words: a cell of docs/kernels.md.
     cost       same arguments as the call -> Cost.
     examples   device, dtype -> argument tuples: edge shapes (the first is tiny), then real ones.
     workload   Workload, device, dtype -> the arguments of the call inside a model.
+
+    Raises  ValueError if an operation of that name exists: a copied file would replace it silently.
     """
 
     def __init__(
@@ -73,8 +98,12 @@ class Op:
         cost: Callable[..., Cost],
         examples: Callable[[torch.device, torch.dtype], Iterable[tuple[Any, ...]]],
         workload: Callable[[Workload, torch.device, torch.dtype], tuple[Any, ...]],
+        summary: str = "",
     ) -> None:
+        if name in REGISTRY:
+            raise ValueError(f"there is an operation {name!r} already; choose another name")
         self.name = name
+        self.summary = summary
         self.reference = reference
         self.cost = cost
         self.examples = examples
@@ -92,9 +121,14 @@ class Op:
         call: Callable[..., Any],
         needs: Needs = runs_everywhere,
         auto: Needs = runs_everywhere,
+        error: float = 2.0,
     ) -> None:
         """Register an implementation; among the usable ones `auto` takes the one added last."""
-        self.implementations[name] = Implementation(name, call, needs, auto)
+        self.implementations[name] = Implementation(name, call, needs, auto, error)
+
+    def triton_names(self) -> list[str]:
+        """Names of the implementations in Triton, which all begin with that word."""
+        return [name for name in self.implementations if name.startswith("triton")]
 
     def use(self, name: str) -> None:
         """Run implementation `name` from now on. `select` is the checked way to call this."""
@@ -113,22 +147,35 @@ def select(spec: str, device: torch.device, dtype: torch.dtype) -> list[Choice]:
             implementation of that name (the others take auto), `op=name` for one operation.
     Raises  ValueError for an unknown operation or implementation, or one that cannot run here.
     """
+    ops = operations()
     default, named = _parse(spec)
-    choices = [_choose(op, named.get(op.name, default), op.name in named, device, dtype)
-               for op in REGISTRY.values()]  # fmt: skip
+    choices = [
+        _choose(op, named.get(op.name, default), op.name in named, device, dtype)
+        for op in ops.values()
+    ]
     for choice in choices:
-        REGISTRY[choice.op].use(choice.implementation)
+        ops[choice.op].use(choice.implementation)
     return choices
 
 
-def format_choices(choices: list[Choice]) -> str:
-    """The table printed at start: operation, implementation, why, and what was refused."""
-    width = max(len(choice.op) for choice in choices)
-    lines = []
+def format_choices(choices: list[Choice], verbose: bool = False) -> str:
+    """The table printed at start: a line of at most COLUMNS for each operation.
+
+    A line holds operation, implementation, and why: where faster ones were refused, the reason
+    against the first of them, shortened to fit. `verbose` gives every reason whole.
+    """
+    op_width = max(len(choice.op) for choice in choices)
+    name_width = max(len(choice.implementation) for choice in choices)
+    lines = ["kernels"]
     for choice in choices:
-        refused = "".join(f"; not {name}: {why}" for name, why in choice.refused.items())
-        lines.append(f"  {choice.op:{width}}  {choice.implementation:10}  {choice.reason}{refused}")
-    return "kernels\n" + "\n".join(lines)
+        start = f"  {choice.op:{op_width}}  {choice.implementation:{name_width}}  "
+        refusals = [f"not {name}: {why}" for name, why in choice.refused.items()]
+        if verbose:
+            lines.append(start + "; ".join([choice.reason, *refusals]))
+        else:
+            reason = refusals[0] if refusals else choice.reason
+            lines.append(start + textwrap.shorten(reason, COLUMNS - len(start), placeholder=" ..."))
+    return "\n".join(lines)
 
 
 def _parse(spec: str) -> tuple[str, dict[str, str]]:

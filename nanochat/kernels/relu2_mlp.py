@@ -22,10 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.kernels.launch import needs_triton, preferred
+from nanochat.kernels.launch import Config, needs_triton, preferred
 from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.relu2_mlp_kernels import activated_product
 from nanochat.kernels.workloads import Workload
+
+# which of the three `auto` takes
+AUTO = Config(
+    "relu2_mlp.auto",
+    {
+        "implementation": "triton_pointwise",
+        "origin": "the fused products are not measured against cuBLAS there",
+    },
+)
 
 
 def reference(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
@@ -34,23 +43,25 @@ def reference(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
 
 
 class Relu2MLP(torch.autograd.Function):
-    """The network on rows (M, D); `how` says who multiplies, as in relu2_mlp_kernels."""
+    """The network on rows (M, D); `method` says who multiplies, as in relu2_mlp_kernels."""
 
     @staticmethod
-    def forward(ctx, x_MD, w_up, w_down, how):
-        post = activated_product(x_MD, w_up.mT, None, how)
+    def forward(ctx, x_MD, w_up, w_down, method):
+        # pre is not kept: backward recovers relu(pre) = sqrt(post)
+        post = activated_product(x_MD, w_up.mT, None, method)
         ctx.save_for_backward(x_MD, w_up, w_down, post)
-        ctx.how = how
+        ctx.method = method
         return post @ w_down.mT
 
     @staticmethod
     def backward(ctx, dy_MD):  # pyright: ignore[reportIncompatibleMethodOverride]
         x_MD, w_up, w_down, post = ctx.saved_tensors
-        dpre = activated_product(dy_MD, w_down, post, ctx.how)
+        # dpost = dy W_down, times 2 relu(pre) before it is stored
+        dpre = activated_product(dy_MD, w_down, post, ctx.method)
         return dpre @ w_up, dpre.mT @ x_MD, dy_MD.mT @ post, None
 
 
-def _apply(x: Tensor, w_up: Tensor, w_down: Tensor, how: str) -> Tensor:
+def _apply(x: Tensor, w_up: Tensor, w_down: Tensor, method: str) -> Tensor:
     """Raises ValueError for operands of other shapes or of several dtypes."""
     shapes = w_up.shape == (w_up.shape[0], x.shape[-1]) and w_down.shape == w_up.shape[::-1]
     if not shapes or not x.dtype == w_up.dtype == w_down.dtype:
@@ -58,7 +69,7 @@ def _apply(x: Tensor, w_up: Tensor, w_down: Tensor, how: str) -> Tensor:
         raise ValueError(
             f"relu2_mlp needs x (..., D), w_up (F, D) and w_down (D, F) of one dtype, got {got}"
         )
-    return Relu2MLP.apply(x.reshape(-1, x.shape[-1]), w_up, w_down, how).view(x.shape)
+    return Relu2MLP.apply(x.reshape(-1, x.shape[-1]), w_up, w_down, method).view(x.shape)
 
 
 def triton_fused(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
@@ -72,7 +83,7 @@ def triton_tma(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
 
 
 def triton_pointwise(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """`reference` with the activation in place behind cuBLAS."""
+    """`reference` with cuBLAS products, each followed by the activation in place."""
     return _apply(x, w_up, w_down, "pointwise")
 
 
@@ -108,10 +119,14 @@ def workload(
     )
 
 
-relu2_mlp = Op("relu2_mlp", reference, cost, examples, workload)
+relu2_mlp = Op(
+    "relu2_mlp", reference, cost, examples, workload,
+    summary="keeps one tensor of 4 D a token instead of two or three; `triton` and `triton_tma` "
+    "apply the activation inside the matrix products",
+)  # fmt: skip
 for name, call in (
     ("triton_pointwise", triton_pointwise),
     ("triton_tma", triton_tma),
     ("triton", triton_fused),
 ):
-    relu2_mlp.add(name, call, needs_triton, preferred("relu2_mlp", name))
+    relu2_mlp.add(name, call, needs_triton, preferred(AUTO, name))

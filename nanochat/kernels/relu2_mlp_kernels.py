@@ -1,33 +1,54 @@
 """Kernels of the ReLU^2 network: a matrix product that ends in the activation, and it in place.
 
-activated_product  c = relu(a b)^2, or given post c = (a b) 2 sqrt(post), in one of three ways:
+activated_product  c = relu(a b)^2, or given post c = (a b) 2 sqrt(post), by one of three methods:
 
 pointer    one program a tile; any sizes and strides, masked
 tma        persistent programs, tile after tile; the TMA engine of SM90 and later moves tiles while
            they multiply. It needs rows of a multiple of 16 bytes: others are copied first.
 pointwise  the product is PyTorch's, a kernel follows in place
 
+Tiles    c is 65,536 x 3072 in d12 (tokens, 4 D) with K = 768: 512 x 24 tiles of 128 x 128, each
+         the sum of 12 products of 128 x 64 and 64 x 128. With GROUP = 8 the programs that run
+         together walk down 8 tiles, then one to the right: 8 row blocks of a and a few column
+         blocks of b, which stay in L2, instead of one row of a and all of b.
 Names    M, N, K as in (M, K) (K, N) -> (M, N).
 """
 
-import torch
-import triton
-import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+from typing import Any
 
-from nanochat.kernels.launch import cdiv, config, launch
+import torch
+from torch import Tensor
+
+from nanochat.kernels.launch import Config, cdiv, launch
+from nanochat.kernels.optional_triton import tl, triton
 from nanochat.kernels.rms_norm import as_rows
 
 ALIGNMENT = 16  # bytes: of the base and of the row stride of a matrix that TMA moves
 # Where two persistent programs fit a multiprocessor, one multiplies while the other stores; where
 # only one does, the second half of the programs follows the first.
 PROGRAMS_PER_SM = 2
+TILE_OF_32_BITS = {
+    "element_size": 4, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8,
+    "num_warps": 8, "num_stages": 3, "origin": "not measured",
+}  # fmt: skip
+TILE = {
+    "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8,
+    "num_warps": 8, "num_stages": 3, "origin": "not measured: fits 99 KiB",
+}  # fmt: skip
+FORWARD = Config("relu2_mlp.forward", TILE_OF_32_BITS, TILE)
+BACKWARD = Config("relu2_mlp.backward", TILE_OF_32_BITS, TILE)
+TMA_FORWARD = Config("relu2_mlp.tma_forward", TILE_OF_32_BITS, TILE)
+TMA_BACKWARD = Config("relu2_mlp.tma_backward", TILE_OF_32_BITS, TILE)
+POINTWISE = Config(
+    "relu2_mlp.pointwise",
+    {"BLOCK": 4096, "num_warps": 8, "num_stages": 1, "origin": "not measured: 16 a thread"},
+)
 
 
 @triton.jit
 def tile_of(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """First row and column of a tile: GROUP rows of tiles share their columns of b in L2."""
+    # index = (group, column, row within the group), the row fastest; the last group may be lower
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     first = index // (GROUP * tiles_n) * GROUP
     height = min(tiles_m - first, GROUP)
@@ -53,11 +74,13 @@ def pointer_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row, column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+    # pointers to the first block along K; the loop advances them
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + rows.to(tl.int64)[:, None] * a_row + k[None, :]
     b_ptrs = b_ptr + k.to(tl.int64)[:, None] * b_row + columns.to(tl.int64)[None, :] * b_column
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # sizes need not be multiples of the tiles: what is past an edge counts as 0
     for start in range(0, K, BLOCK_K):
         a_mask = (rows[:, None] < M) & (k[None, :] < K - start)
         b_mask = (k[:, None] < K - start) & (columns[None, :] < N)
@@ -66,6 +89,7 @@ def pointer_kernel(
         accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K * b_row
+    # the activation on the float32 sums: the product itself never reaches memory
     at = rows.to(tl.int64)[:, None] * N + columns[None, :]
     mask = (rows[:, None] < M) & (columns[None, :] < N)
     if BACKWARD:
@@ -90,7 +114,7 @@ def tma_kernel(
             a = a_desc.load([row, k])
             b = b_desc.load([column, k]).T if B_TRANSPOSED else b_desc.load([k, column])
             accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
-        # by halves: each stages its tile in half the shared memory
+        # stored by halves: each stages its tile in half the shared memory
         halves = tl.reshape(accumulator, (BLOCK_M, 2, BLOCK_N // 2))
         left, right = tl.split(tl.permute(halves, (0, 2, 1)))
         _finish(left, post_desc, c_desc, row, column, BACKWARD)
@@ -105,6 +129,7 @@ def _finish(product, post_desc, c_desc, row, column, BACKWARD: tl.constexpr):
 
 @triton.jit
 def pointwise_kernel(x_ptr, post_ptr, size, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+    # in place: a program reads what it overwrites, and nobody else touches it
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
     if BACKWARD:
@@ -125,7 +150,7 @@ def _pointer_product(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
     a, post = as_rows(a), None if post is None else post.contiguous()
     (M, K), N = a.shape, b.shape[1]
     c = torch.empty((M, N), dtype=a.dtype, device=a.device)
-    options = config(f"relu2_mlp.{'forward' if post is None else 'backward'}", a, K)
+    options = (FORWARD if post is None else BACKWARD).choose(a, K)
     grid = (cdiv(M, options["BLOCK_M"]) * cdiv(N, options["BLOCK_N"]),)
     launch(
         pointer_kernel, grid, a, b, post, c, M, N, K, a.stride(0), *b.stride(),
@@ -139,20 +164,25 @@ def _tma_product(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
     transposed = b.stride(0) == 1
     a, b = aligned(a), aligned(b.mT if transposed else b)
     c = aligned(torch.empty((M, N), dtype=a.dtype, device=a.device))
-    options = config(f"relu2_mlp.tma_{'forward' if post is None else 'backward'}", a, K)
+    options = (TMA_FORWARD if post is None else TMA_BACKWARD).choose(a, K)
     block_m, block_n, block_k = (options[f"BLOCK_{axis}"] for axis in "MNK")
     b_block = [block_n, block_k] if transposed else [block_k, block_n]
     c_block = [block_m, block_n // 2]
     launch(
         tma_kernel, (min(_programs(a.device), cdiv(M, block_m) * cdiv(N, block_n)),),
-        TensorDescriptor.from_tensor(a, [block_m, block_k]),
-        TensorDescriptor.from_tensor(b, b_block),
-        None if post is None else TensorDescriptor.from_tensor(aligned(post), c_block),
-        TensorDescriptor.from_tensor(c, c_block),
+        descriptor(a, [block_m, block_k]),
+        descriptor(b, b_block),
+        None if post is None else descriptor(aligned(post), c_block),
+        descriptor(c, c_block),
         M, N, K, B_TRANSPOSED=transposed, BACKWARD=post is not None, PRECISION=_precision(a),
         **options,
     )  # fmt: skip
     return c.contiguous()
+
+
+def descriptor(x: Tensor, block: list[int]) -> Any:
+    """What the TMA engine is told of a matrix."""
+    return triton.tools.tensor_descriptor.TensorDescriptor.from_tensor(x, block)
 
 
 def _precision(x: Tensor) -> str | None:
@@ -186,7 +216,7 @@ def _(a_MK: Tensor, b_KN: Tensor, post_MN: Tensor | None, tma: bool) -> Tensor:
 def relu2_(x: Tensor, post: Tensor | None) -> None:
     """In place on a contiguous x: relu(x)^2, or with post x 2 sqrt(post)."""
     assert x.is_contiguous()
-    options = config("relu2_mlp.pointwise", x, x.shape[-1])
+    options = POINTWISE.choose(x, x.shape[-1])
     grid = (cdiv(x.numel(), options["BLOCK"]),)
     aux = None if post is None else post.contiguous()
     launch(pointwise_kernel, grid, x, aux, x.numel(), BACKWARD=post is not None, **options)
@@ -197,10 +227,10 @@ def _(x: Tensor, post: Tensor | None) -> None:
     return None
 
 
-def activated_product(a_MK: Tensor, b_KN: Tensor, post_MN: Tensor | None, how: str) -> Tensor:
-    """relu(a b)^2, or with post (a b) 2 sqrt(post), contiguous; `how` as at the top."""
-    if how != "pointwise":
-        return relu2_product(a_MK, b_KN, post_MN, how == "tma")
+def activated_product(a_MK: Tensor, b_KN: Tensor, post_MN: Tensor | None, method: str) -> Tensor:
+    """relu(a b)^2, or with post (a b) 2 sqrt(post), contiguous; `method` as at the top."""
+    if method != "pointwise":
+        return relu2_product(a_MK, b_KN, post_MN, method == "tma")
     c = a_MK @ b_KN
     relu2_(c, post_MN)
     return c

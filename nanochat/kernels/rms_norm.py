@@ -9,6 +9,9 @@ Shapes  x, d, y: (..., D), normalised over D.
 Dtypes  float32, bfloat16, float16; statistics in float32.
 Saves   x alone (x' when added): the backward pass reads the whole row and finds r again.
 Cost    rms_norm reads and writes 2 D elements a row; add_rms_norm 4 D, forward as backward.
+Tiles   65,536 tokens of d12, D = 768, bfloat16: BLOCK_ROWS = 4 rows of BLOCK_D = 1024 channels (the
+        next power of 2, 256 of them masked) make 16,384 programs. Each reads its 6 KiB once, sums
+        squares along the rows in registers, and writes 6 KiB.
 Source  B. Zhang and R. Sennrich, arXiv:1910.07467.
 """
 
@@ -17,16 +20,35 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.launch import cdiv, config, launch, needs_triton, worth_compiling
+from nanochat.kernels.launch import (
+    Config,
+    cdiv,
+    launch,
+    needs_triton,
+    next_power_of_2,
+    worth_compiling,
+)
+from nanochat.kernels.optional_triton import tl, triton
 from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.workloads import Workload
 
 # explicit because the default of F.rms_norm depends on the dtype (7.8e-3 in bfloat16)
 EPS = 1e-6
+# A row stays in registers whole: 4 rows of 768 channels on 128 threads are 24 float32 a thread.
+SMALL_ROWS = {"up_to": 1024, "num_warps": 4, "num_stages": 1}
+LARGE_ROWS = {"up_to": 16_384, "BLOCK_ROWS": 1, "num_warps": 8, "num_stages": 1}
+FORWARD = Config(
+    "rms_norm.forward",
+    SMALL_ROWS | {"BLOCK_ROWS": 4, "origin": "not measured: 16 bytes a thread and load"},
+    LARGE_ROWS | {"origin": "not measured"},
+)
+BACKWARD = Config(
+    "rms_norm.backward",
+    SMALL_ROWS | {"BLOCK_ROWS": 2, "origin": "not measured: two rows of registers"},
+    LARGE_ROWS | {"origin": "not measured"},
+)
 
 
 def reference(x: Tensor) -> Tensor:
@@ -55,16 +77,19 @@ def forward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    # a tile of whole rows: BLOCK_ROWS x BLOCK_D, int64 because row * stride may pass 2^31
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
     mask = (row < rows) & (column < D)
     x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    # the residual addition while x is in registers: it saves writing and reading x' once more
     if ADD:
         delta = tl.load(delta_ptr + row * delta_stride + column, mask=mask, other=0.0)
         # rounded as it is stored: y is the norm of the x' that the next block reads
         rounded = (x + delta.to(tl.float32)).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * D + column, rounded, mask=mask)
         x = rounded.to(tl.float32)
+    # masked channels were loaded as 0 and add nothing: the mean is over the true D
     rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + EPS)
     tl.store(y_ptr + row * D + column, (x * rstd).to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -88,9 +113,12 @@ def backward_kernel(
     mask = (row < rows) & (column < D)
     x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + row * D + column, mask=mask, other=0.0).to(tl.float32)
+    # r again from x: one more reduction, but nothing saved by the forward pass
     rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + EPS)
     normed = x * rstd
+    # the part of dy along y changes the length of the row only, which the norm takes out again
     dx = rstd * (dy - normed * (tl.sum(dy * normed, axis=1, keep_dims=True) / D))
+    # x' also goes on to the next block, which sends its own gradient back
     if ADD:
         dx += tl.load(dsum_ptr + row * D + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(dx_ptr + row * D + column, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -102,11 +130,11 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _launch(kernel: Any, name: str, rows: Tensor, *arguments: Any, add: bool) -> None:
+def _launch(kernel: Any, tiles: Config, rows: Tensor, *arguments: Any, add: bool) -> None:
     width = rows.shape[-1]
-    options = config(f"rms_norm.{name}", rows, width)
+    options = tiles.choose(rows, width)
     grid = (cdiv(rows.shape[0], options["BLOCK_ROWS"]),)
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     launch(kernel, grid, *arguments, D=width, EPS=EPS, ADD=add, BLOCK_D=block, **options)
 
 
@@ -115,7 +143,7 @@ def triton_rms_norm(x: Tensor) -> Tensor:
     """rms_norm on `forward_kernel`; any strides."""
     rows, y = as_rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     arguments = rows, rows, y, y, rows.shape[0], rows.stride(0), rows.stride(0)
-    _launch(forward_kernel, "forward", rows, *arguments, add=False)
+    _launch(forward_kernel, FORWARD, rows, *arguments, add=False)
     return y
 
 
@@ -126,7 +154,7 @@ def triton_rms_norm_backward(x: Tensor, dy: Tensor, dsum: Tensor | None) -> Tens
     added = dy if dsum is None else dsum.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     arguments = rows, dy, added, dx, rows.shape[0], rows.stride(0)
-    _launch(backward_kernel, "backward", rows, *arguments, add=dsum is not None)
+    _launch(backward_kernel, BACKWARD, rows, *arguments, add=dsum is not None)
     return dx
 
 
@@ -142,7 +170,7 @@ def triton_add_rms_norm(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = torch.empty_like(total)
     arguments = rows, added, total, y, rows.shape[0], rows.stride(0), added.stride(0)
-    _launch(forward_kernel, "forward", rows, *arguments, add=True)
+    _launch(forward_kernel, FORWARD, rows, *arguments, add=True)
     return total, y
 
 
@@ -217,7 +245,12 @@ def add_workload(w: Workload, device: torch.device, dtype: torch.dtype) -> tuple
     return x, torch.randn_like(x)
 
 
-rms_norm = Op("rms_norm", reference, cost, examples, workload)
+rms_norm = Op(
+    "rms_norm", reference, cost, examples, workload, summary="one pass over memory each way"
+)
 rms_norm.add("triton", triton_rms_norm, needs_triton, worth_compiling)
-add_rms_norm = Op("add_rms_norm", add_reference, add_cost, add_examples, add_workload)
+add_rms_norm = Op(
+    "add_rms_norm", add_reference, add_cost, add_examples, add_workload,
+    summary="the addition before the norm in the same pass, and both gradients at once",
+)  # fmt: skip
 add_rms_norm.add("triton", triton_add_rms_norm, needs_triton, worth_compiling)

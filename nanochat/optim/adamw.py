@@ -1,7 +1,7 @@
 """AdamW on one process, and sharded over the ranks of a process group (DistAdamW).
 
 Both run the operation `adamw_step`; they differ only in how gradients come in and weights go out
-(collectives.py).
+(sharding.py).
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Muon on one process, and sharded over the ranks of a process group (DistMuon).
 
 Both run `muon_` on stacks of matrices of one shape; they differ only in how gradients come in and
-weights go out (collectives.py).
+weights go out (sharding.py).
 """
 
 from itertools import accumulate
@@ -18,13 +18,7 @@ from nanochat.kernels.newton_schulz import (
 )
 from nanochat.optim.sharding import Bucket, BucketOptimizer, Piece, ShardedBuckets
 
-
-def coefficient_table(name: str) -> Coefficients:
-    """The Newton-Schulz coefficients called "muon" or "polar_express"; ValueError for others."""
-    tables = {"muon": MUON_COEFFICIENTS, "polar_express": POLAR_EXPRESS_COEFFICIENTS}
-    if name not in tables:
-        raise ValueError(f"coefficients {name!r} are unknown; choose one of {tuple(tables)}")
-    return tables[name]
+COEFFICIENTS = {"muon": MUON_COEFFICIENTS, "polar_express": POLAR_EXPRESS_COEFFICIENTS}
 
 
 def muon_(
@@ -73,7 +67,11 @@ class Muon(BucketOptimizer):
         coefficients: str = "muon",
         compute_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self.coefficients = coefficient_table(coefficients)
+        if coefficients not in COEFFICIENTS:
+            raise ValueError(
+                f"coefficients {coefficients!r} are unknown; choose {' or '.join(COEFFICIENTS)}"
+            )
+        self.coefficients = COEFFICIENTS[coefficients]
         self.compute_dtype = compute_dtype
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "row_splits": None})

@@ -26,6 +26,7 @@ class Meter:
     """Turns (loss, seconds) of each step into the values of the console line and of the record.
 
     flops_causal, flops_nanochat  training FLOPs of a token by the two conventions.
+    emulated  the number format is emulated: no share of a peak is given, and records say so.
     """
 
     tokens_per_step: int
@@ -34,6 +35,7 @@ class Meter:
     peaks: Peaks
     world_size: int
     num_iterations: int
+    emulated: bool = False
     smooth_loss: float = 0.0
     updates: int = 0
     seconds: float = 0.0  # of all steps of all runs of this training
@@ -47,16 +49,20 @@ class Meter:
         self.timed.append(seconds)
         steady = self.timed[WARMUP_STEPS:] or self.timed
         rate = self.tokens_per_step / seconds
-        return {
+        values: dict[str, float | None] = {
             "loss": loss,
             "smooth_loss": self.smooth_loss / (1 - LOSS_DECAY**self.updates),
             "step_seconds": seconds,
             "tokens_per_second": rate,
+            "eta_seconds": (self.num_iterations - step - 1) * sum(steady) / len(steady),
+        }
+        if self.emulated:
+            return values | {"emulated": True}
+        return values | {
             "mfu_causal": self._mfu(self.flops_causal, rate, self.peaks.datasheet),
             "mfu_nanochat": self._mfu(self.flops_nanochat, rate, self.peaks.datasheet),
             "gemm_share_causal": self._mfu(self.flops_causal, rate, self.peaks.measured_gemm),
             "gemm_share_nanochat": self._mfu(self.flops_nanochat, rate, self.peaks.measured_gemm),
-            "eta_seconds": (self.num_iterations - step - 1) * sum(steady) / len(steady),
         }
 
     def _mfu(self, flops_per_token: int, rate: float, peak: float | None) -> float | None:
@@ -79,19 +85,24 @@ class Meter:
 
 
 def console_line(step: int, num_iterations: int, values: dict[str, float | None]) -> str:
-    """One step in one line; both MFUs as causal / nanochat formula."""
-    if values["mfu_causal"] is not None:
-        shares, basis = (values["mfu_causal"], values["mfu_nanochat"]), "mfu"
+    """One step in one line; both MFUs as causal / nanochat formula.
+
+    Steps whose number format is emulated are marked instead: their rate is no speed of the format.
+    """
+    if values.get("emulated"):
+        speed = "emulated, no speed"
     else:
-        shares, basis = (values["gemm_share_causal"], values["gemm_share_nanochat"]), "of gemm"
-    percent = "/".join(f"{100 * (share or 0):.1f}" for share in shares)
+        basis = "mfu" if values["mfu_causal"] is not None else "gemm_share"
+        shares = (values[f"{basis}_{formula}"] or 0 for formula in ("causal", "nanochat"))
+        percent = "/".join(f"{100 * share:.1f}" for share in shares)
+        speed = f"{'mfu' if basis == 'mfu' else 'of gemm'} {percent} %"
     eta = values["eta_seconds"] or 0.0
     return (
         f"step {step + 1:05d}/{num_iterations:05d} ({100 * (step + 1) / num_iterations:5.1f} %) | "
         f"loss {values['smooth_loss']:.4f} | grad {values['grad_norm']:.3f} | "
         f"{1000 * (values['step_seconds'] or 0):.0f} ms | "
         f"{values['tokens_per_second']:,.0f} tok/s | "
-        f"{basis} {percent} % | {values['memory_gib']:.2f} GiB | eta {eta / 60:.1f} min"
+        f"{speed} | {values['memory_gib']:.2f} GiB | eta {eta / 60:.1f} min"
     )
 
 

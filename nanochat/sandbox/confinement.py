@@ -73,8 +73,7 @@ def _syscall(libc: ctypes.CDLL, number: int, *arguments: object) -> int:
 
 
 def no_new_privileges(libc: ctypes.CDLL) -> None:
-    """What both barriers ask for first; root, too, loses its capabilities when it becomes another
-    program."""
+    """Required by both barriers; drops the capabilities that root would keep across exec."""
     for capability in range(64):
         libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)  # fails for those it does not have
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
@@ -83,6 +82,8 @@ def no_new_privileges(libc: ctypes.CDLL) -> None:
 
 def landlock(libc: ctypes.CDLL, readable: list[str], writable: str) -> None:
     """Only `readable` can be read and run, only `writable` changed."""
+    # 1. A ruleset denies every right that it names unless a rule allows it. Older kernels know
+    # fewer rights and refuse unknown ones.
     version = _syscall(libc, LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_VERSION_FLAG)
     rights = FS_RIGHTS[max(known for known in FS_RIGHTS if known <= version)]
     network = 0b11 if version >= 4 else 0  # bind and connect of TCP
@@ -90,6 +91,7 @@ def landlock(libc: ctypes.CDLL, readable: list[str], writable: str) -> None:
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     attributes = struct.pack("=QQQ", rights, network, scoped)[:size]
     ruleset = _syscall(libc, LANDLOCK_CREATE_RULESET, attributes, size, 0)
+    # 2. Rules: read and execute what the interpreter needs, do anything in the scratch folder.
     for path, access in [*((p, READ_EXECUTE) for p in readable), (writable, rights)]:
         if not Path(path).exists():
             continue
@@ -99,6 +101,7 @@ def landlock(libc: ctypes.CDLL, readable: list[str], writable: str) -> None:
         rule = struct.pack("=Qi", access & rights, parent)
         _syscall(libc, LANDLOCK_ADD_RULE, ruleset, 1, rule, 0)
         os.close(parent)
+    # 3. From here on it holds for this process and everything it becomes; it cannot be undone.
     _syscall(libc, LANDLOCK_RESTRICT_SELF, ruleset, 0)
     os.close(ruleset)
 
@@ -114,6 +117,8 @@ def seccomp_filter(machine: str) -> bytes:
     def give(value: int) -> tuple[int, int, int, int]:
         return (0x06, 0, 0, value)
 
+    # Jumps are relative: jump_equal(v, 1, 0) skips the next instruction where the value is v. The
+    # calls of another architecture have other numbers, so one of them ends the process.
     program = [load_arch, jump_equal(audit, 1, 0), give(KILL), load_number]
     if machine == "x86_64":  # the x32 calls have numbers of their own
         program += [(0x35, 0, 1, 0x40000000), give(KILL)]
@@ -123,6 +128,7 @@ def seccomp_filter(machine: str) -> bytes:
     for numbers in DENIED.values():
         if numbers[which] is not None:
             program += [jump_equal(numbers[which], 0, 1), give(EPERM)]
+    # clone with CLONE_THREAD makes a thread, without it a process; all other calls are allowed
     program += [
         jump_equal(clone, 0, 3),
         load_flags,
@@ -145,6 +151,7 @@ def seccomp(libc: ctypes.CDLL) -> None:
 def main(arguments: list[str]) -> None:
     limits, barriers, readable = (ast.literal_eval(text) for text in arguments[:3])
     scratch, interpreter, program = arguments[3:]
+    # the program inherits all of this: limits, landlock rules and seccomp filter survive exec
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, name), (value, value))
     if barriers:

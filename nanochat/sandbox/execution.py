@@ -1,7 +1,7 @@
-"""Run untrusted Python programs, such as the answers of a model, where they can harm nothing.
+"""Run untrusted Python programs, such as the answers of a model, where they can do no harm.
 
-A fresh interpreter with an empty environment and a scratch folder, in limits of time, memory and
-file size, and behind what the kernel offers:
+A fresh interpreter with an empty environment and a scratch folder, limited in time, memory and
+file size, and confined by what the kernel offers:
 
     landlock  no file but the interpreter's can be read, none but the scratch folder's written
     seccomp   no processes, no sockets, no signals to others, no tracing
@@ -35,7 +35,7 @@ SCRATCH_ENVIRONMENT = {"LANG": "C.UTF-8", "PATH": ""}
 class ExecutionResult:
     """What became of a program.
 
-    success  it ran to its last line; leaving early, with whatever exit code, is no success.
+    success  it ran to its last line; exiting earlier, with any exit code, is not a success.
     error    last line of its traceback, or what ended it; "" where it succeeded.
     """
 
@@ -55,7 +55,7 @@ def isolation_level() -> tuple[str, ...]:
 
 
 def _works(barrier: str) -> bool:
-    """Whether an interpreter behind the barrier starts, and the barrier holds."""
+    """Whether an interpreter starts within the barrier, and the barrier holds."""
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder) / "program.py"
         probe.write_text(confinement.PROBES[barrier])
@@ -138,6 +138,8 @@ def _run(
             stderr=stderr,
             start_new_session=True,
         )
+        # Usually wall time ends a program that takes too long; one with several threads can reach
+        # its CPU limit first. Output goes to files, so a full pipe can block neither side.
         try:
             process.wait(timeout_s)
             timed_out = process.returncode == -signal.SIGXCPU
@@ -145,6 +147,7 @@ def _run(
             timed_out = True
         finally:
             _kill(process)
+    # the verdict: the token at the very end, and a clean exit
     output, errors = (_read(path) for path in (stdout_path, stderr_path))
     finished = errors.endswith(token) and process.returncode == 0
     errors = errors.removesuffix(token).removesuffix("\n")

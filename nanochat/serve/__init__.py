@@ -1,8 +1,9 @@
-"""A chat over HTTP.
+"""A chat, in the terminal or over HTTP.
 
-    prompt   a conversation cut to fit the context; tokens -> text as they arrive
-    answer   generated tokens sorted into text and tool calls
-    server   the HTTP API and the WebSocket; ui.html is its page
+    chat_model   settings of a chat script -> device, tokenizer, model, engine
+    prompt       a conversation that fits the context; tokens -> text as they arrive
+    answer       generated tokens sorted into text and tool calls
+    server       the HTTP API and the WebSocket; ui.html is its page
 
-May import: infer, text.
+May import: common, gpt, infer, kernels, stages, text, train.
 """

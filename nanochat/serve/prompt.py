@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.text.chat_format import render_conversation
+from nanochat.text.chat_format import NO_LIMIT, render_conversation
 from nanochat.text.tokenizer_base import Tokenizer
 
 
@@ -23,7 +23,7 @@ def fit_prompt(
 ) -> FittedPrompt:
     """The prompt for the answer to the last message, which is the user's, in max_tokens at most.
 
-    As few of the oldest turns (the user's message and its answer) are dropped as will do; a system
+    The fewest possible of the oldest turns (a user's message and its answer) are dropped; a system
     message at the start stays.
     Raises  ValueError if the last message alone is too long, is not the user's, or if roles are
             out of turn.
@@ -35,11 +35,11 @@ def fit_prompt(
 
     def render(num_turns_dropped: int) -> list[int]:
         conversation = {"messages": system + turns[2 * num_turns_dropped :]}
-        length_of_all = 2**62
-        ids, _ = render_conversation(tokenizer, conversation, length_of_all)
+        ids, _ = render_conversation(tokenizer, conversation, NO_LIMIT)
         return [*ids, tokenizer.encode_special("<|assistant_start|>")]
 
     render(0)  # raises for roles out of turn, also in messages that will be dropped
+    # a prompt gets shorter with every turn dropped, so the fewest are found by bisection
     choices = range((len(turns) + 1) // 2)
     dropped = bisect.bisect_left(choices, True, key=lambda n: len(render(n)) <= max_tokens)
     if dropped == len(choices):

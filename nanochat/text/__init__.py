@@ -2,7 +2,7 @@
 
     tokenizer_base   special tokens, the split pattern, what every tokenizer can do
     tokenizer        train, load, encode, decode: rustbpe, tiktoken, Hugging Face
-    chat_format      a conversation -> tokens and the mask of what is learned
+    chat_format      a conversation -> tokens and the mask of what is learned; a worked example
 
 May import: common.
 """

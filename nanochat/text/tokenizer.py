@@ -21,7 +21,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nanochat.common import get_base_dir
+from nanochat.common import get_base_dir, replace_file
 from nanochat.text.tokenizer_base import (
     NUM_BYTES,
     SPECIAL_TOKENS,
@@ -29,7 +29,6 @@ from nanochat.text.tokenizer_base import (
     Affix,
     Tokenizer,
     check_vocab_size,
-    write_text,
 )
 from rustbpe import Tokenizer as RustTokenizer
 
@@ -51,9 +50,9 @@ class TiktokenTokenizer(Tokenizer):
 
     @classmethod
     def from_ranks(cls, ranks: dict[bytes, int], pattern: str) -> "TiktokenTokenizer":
-        """Merge ranks of a byte-level BPE, without the special tokens, which are put behind them.
+        """From the merge ranks of a byte-level BPE; special tokens get the ids after the last rank.
 
-        Raises  ValueError if ranks are missing or doubled.
+        Raises  ValueError if ranks are missing or repeated.
         """
         if sorted(ranks.values()) != list(range(len(ranks))):
             raise ValueError(
@@ -102,7 +101,7 @@ class TiktokenTokenizer(Tokenizer):
             "special_tokens": SPECIAL_TOKENS,
             "tokens": [base64.b64encode(token).decode("ascii") for token in by_rank],
         }
-        write_text(Path(directory) / RANKS_FILE, json.dumps(stored, indent=0))
+        replace_file(Path(directory) / RANKS_FILE, json.dumps(stored, indent=0))
 
     def get_vocab_size(self) -> int:
         """Tokens and special tokens."""
@@ -113,7 +112,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode_special(self, text: str) -> int:
         if text not in self.encoding.special_tokens_set:
-            raise ValueError(f"{text!r} is no special token; known: {sorted(SPECIAL_TOKENS)}")
+            raise ValueError(f"{text!r} is not a special token; known: {sorted(SPECIAL_TOKENS)}")
         return self.encoding.encode_single_token(text)
 
     def encode_ordinary_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
@@ -270,7 +269,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def save(self, directory: Path | str) -> None:
         """Write tokenizer.json, in one step."""
-        write_text(Path(directory) / HUGGING_FACE_FILE, self.tokenizer.to_str())
+        replace_file(Path(directory) / HUGGING_FACE_FILE, self.tokenizer.to_str())
 
     def get_vocab_size(self) -> int:
         return self.tokenizer.get_vocab_size()
@@ -282,7 +281,7 @@ class HuggingFaceTokenizer(Tokenizer):
         token_id = self.tokenizer.token_to_id(text)
         if token_id is None or text not in self.get_special_tokens():
             raise ValueError(
-                f"{text!r} is no special token; known: {sorted(self.get_special_tokens())}"
+                f"{text!r} is not a special token; known: {sorted(self.get_special_tokens())}"
             )
         return token_id
 
@@ -322,8 +321,16 @@ def byte_level_alphabet() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(NUM_BYTES + i) for i, b in enumerate(others)}
 
 
+def byte_tokenizer() -> TiktokenTokenizer:
+    """A tokenizer without merges: ids 0 to 255 are bytes, 256 to 264 the special tokens.
+
+    It needs no training and its ids can be read off an ASCII table: for examples and tests.
+    """
+    return TiktokenTokenizer.from_ranks({bytes([i]): i for i in range(NUM_BYTES)}, r"(?s:.)")
+
+
 def get_tokenizer(directory: Path | str | None = None) -> RustBPETokenizer:
-    """The trained tokenizer of a folder, <base dir>/tokenizer unless told otherwise."""
+    """The trained tokenizer of a folder, by default <base dir>/tokenizer."""
     tokenizer = RustBPETokenizer.from_directory(directory or get_base_dir() / "tokenizer")
     assert isinstance(tokenizer, RustBPETokenizer)
     return tokenizer
@@ -334,7 +341,7 @@ def get_token_bytes(
 ) -> torch.Tensor:
     """(vocab_size,) int32: the UTF-8 bytes of each token, 0 for special tokens.
 
-    From raw bytes: a token that is no text by itself still counts all of its bytes.
+    From raw bytes: a token that is not valid UTF-8 by itself still counts all of its bytes.
     """
     lengths = [len(token or b"") for token in get_tokenizer(directory).token_bytes()]
     return torch.tensor(lengths, dtype=torch.int32, device=device)

@@ -1,10 +1,12 @@
-"""What every tokenizer here has in common: special tokens, split pattern, encoding with affixes."""
+"""What all tokenizers have in common: special tokens, split pattern, affixes, conversations."""
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import overload
+
+from nanochat.text import chat_format
+from nanochat.text.chat_format import Conversation
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -17,8 +19,8 @@ SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
-# GPT-4's pattern with numbers cut after two digits, not three: a small vocabulary has no room for
-# all numbers of three
+# GPT-4's pattern, but numbers are split after two digits instead of three: a small vocabulary has
+# no room for all three-digit numbers
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -38,7 +40,7 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 class Tokenizer(ABC):
-    """What every tokenizer here does."""
+    """The interface of every tokenizer: encode, decode, special tokens, conversations."""
 
     @classmethod
     @abstractmethod
@@ -47,11 +49,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def save(self, directory: Path | str) -> None:
-        """Write the tokenizer as a plain file, whole or not at all."""
+        """Write the tokenizer as a plain file, atomically."""
 
     @abstractmethod
     def get_vocab_size(self) -> int:
-        """Tokens, special ones among them."""
+        """Number of tokens, including the special ones."""
 
     @abstractmethod
     def get_special_tokens(self) -> set[str]:
@@ -59,7 +61,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_special(self, text: str) -> int:
-        """Id of a special token. Raises ValueError for a name that is none."""
+        """Id of a special token. Raises ValueError for any other name."""
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
@@ -78,7 +80,7 @@ class Tokenizer(ABC):
         return self.encode_special(SPECIAL_TOKENS[0])
 
     def fingerprint(self) -> str:
-        """A text that differs between tokenizers that give other ids (SHA-256 of the tokens)."""
+        """SHA-256 of all tokens in order: two tokenizers with the same ids share it."""
         tokens = ((token or b"special").hex() for token in self.token_bytes())
         return hashlib.sha256(" ".join(tokens).encode()).hexdigest()
 
@@ -103,7 +105,7 @@ class Tokenizer(ABC):
     ) -> list[int] | list[list[int]]:
         """Ids of a text, or of each text of a list.
 
-        prepend, append  an id or the name of a special token, put at the ends of each text.
+        prepend, append  an id or the name of a special token, added to each text.
         """
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
@@ -116,18 +118,23 @@ class Tokenizer(ABC):
 
     __call__ = encode
 
+    def render_conversation(
+        self, conversation: Conversation, max_tokens: int = 2048
+    ) -> tuple[list[int], list[int]]:
+        """Ids and loss mask of a conversation (`chat_format.render_conversation`)."""
+        return chat_format.render_conversation(self, conversation, max_tokens)
+
+    def render_for_completion(self, conversation: Conversation) -> list[int]:
+        """The prompt for the last answer (`chat_format.render_for_completion`)."""
+        return chat_format.render_for_completion(self, conversation)
+
+    def visualize_tokenization(
+        self, ids: list[int], mask: list[int], with_token_id: bool = False
+    ) -> str:
+        """Ids colored by their mask, for a terminal (`chat_format.visualize_tokenization`)."""
+        return chat_format.visualize_tokenization(self, ids, mask, with_token_id)
+
     def _affix(self, value: Affix) -> list[int]:
         if value is None:
             return []
         return [value if isinstance(value, int) else self.encode_special(value)]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -4,8 +4,10 @@
     precision          number format of the linear layers; the plug-in point for experiments
     checkpoint_read    find a checkpoint by any name, check it, read it without running pickles
     checkpoint_write   a checkpoint appears whole, by one rename, or not at all
-    run                build a model, resume, record, save, stop
+    run                build or load a model; the state of a run, saved and restored
+    session            settings and bookkeeping that the four training scripts share
     policy_gradient    advantages and token losses of reinforcement learning
 
-May import: common, gpt, hardware, kernels, optim, profiler, scaling, text, tracking.
+May import: common, gpt, hardware, kernels, optim, profiler, scaling,
+            settings, stages, text, tracking.
 """

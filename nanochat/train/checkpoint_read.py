@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STAGES = ("base", "mid", "chatsft", "chatrl")
+from nanochat import stages
+
 MODEL_FILE = "model.pt"
 META_FILE = "meta.json"
 LATEST_LINK = "latest.pt"
@@ -32,9 +33,7 @@ class CheckpointNotFoundError(ValueError):
 
 def stage_dir(base_dir: Path, stage: str) -> Path:
     """The folder of a stage's checkpoints. Raises ValueError for an unknown stage."""
-    if stage not in STAGES:
-        raise ValueError(f"stage {stage!r} is unknown; choose {', '.join(STAGES)}")
-    return base_dir / f"{stage}_checkpoints"
+    return base_dir / stages.get(stage).folder
 
 
 def find(spec: str | int | Path | None, stage: str, base_dir: Path, tag: str | None = None) -> Path:

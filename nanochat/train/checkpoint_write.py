@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from nanochat.common import Runtime
+from nanochat.common import Runtime, replace_file
 from nanochat.tracking import environment, jsonable
 from nanochat.train.checkpoint_read import (
     LATEST_LINK,
@@ -130,7 +130,7 @@ def _write_tensors(path: Path, state: dict[str, Any]) -> None:
             raise writer.error from error
         file.flush()
         os.fsync(file.fileno())
-    _write_text(path.with_name(path.name + ".sha256"), writer.digest.hexdigest())
+    replace_file(path.with_name(path.name + ".sha256"), writer.digest.hexdigest())
 
 
 def _write_meta(folder: Path, values: Mapping[str, object]) -> None:
@@ -141,15 +141,8 @@ def _write_meta(folder: Path, values: Mapping[str, object]) -> None:
         files[file.name] = {"bytes": file.stat().st_size, "sha256": digest.read_text()}
         digest.unlink()
     document = jsonable({**values, "environment": environment(), "files": files})
-    _write_text(folder / META_FILE, json.dumps(document, indent=1))
+    replace_file(folder / META_FILE, json.dumps(document, indent=1))
     _sync_directory(folder)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _on_every_rank(

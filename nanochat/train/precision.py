@@ -1,21 +1,27 @@
 """The number format in which a model's linear layers multiply, by name.
 
-"plain" is the compute dtype of the run. Any other name is a folder experiments/NAME, imported when
-it is asked for, with a module precision.py that has
+"plain" is the compute dtype of the run. Any other name is a plug-in: a folder experiments/NAME with
+a module precision.py that has
 
     prepare(model, runtime, options) -> Precision    before the optimizers and torch.compile
     accept_weights(model, description) -> None       before the weights of a quantized checkpoint
+
+This is the one place where nanochat reaches up to experiments/, against the rule that a module
+imports its own floor or below. It may do so because it knows no experiment: the only module it
+loads is experiments.NAME.precision, only when a flag or a checkpoint gives that NAME, and only
+through the two functions above. Without the folder everything plain still works.
+tests/test_architecture.py holds both sides to it.
 """
 
-import difflib
 import importlib
-import pkgutil
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 from nanochat.common import Runtime
 from nanochat.gpt import GPT
+from nanochat.settings import near_miss
 
 PLAIN = "plain"
 OPTION = "mx_"  # how settings begin that only an experiment takes
@@ -26,10 +32,13 @@ QUANTIZED = "quantized_weights"  # in the meta of a checkpoint: {"precision": NA
 class Precision(Protocol):
     """What a training loop needs of it.
 
-    record  plain values for checkpoints and metrics: what every product runs in.
+    record    plain values for checkpoints and metrics: what every product runs in.
+    emulated  whether products are computed in a stand-in for the format: the losses are those of
+              the format, the time is not, so no run may present it as a speed.
     """
 
     record: dict[str, Any]
+    emulated: bool
 
     def begin_step(self, step: int) -> None:
         """Draw whatever is random in this step: a resumed run draws the same."""
@@ -38,6 +47,8 @@ class Precision(Protocol):
 
 class Plain:
     """Every product in the compute dtype."""
+
+    emulated = False
 
     def __init__(self) -> None:
         self.record: dict[str, Any] = {"name": PLAIN}
@@ -76,21 +87,20 @@ def accept_weights(model: GPT, meta: Mapping[str, Any]) -> None:
 
 
 def _names() -> list[str]:
-    """Folders of experiments; none where only the package nanochat is installed."""
+    """Experiments with a precision.py; none where only the package nanochat is installed."""
     try:
         package = importlib.import_module(EXPERIMENTS)
     except ModuleNotFoundError:
         return []
-    return [module.name for module in pkgutil.iter_modules(package.__path__) if module.ispkg]
+    files = (file for folder in package.__path__ for file in Path(folder).glob("*/precision.py"))
+    return sorted(file.parent.name for file in files)
 
 
 def _experiment(name: str) -> ModuleType:
     names = _names()
     if name not in names:
-        near = difflib.get_close_matches(name, [PLAIN, *names], n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"precision {name!r} is unknown; {hint}known: {', '.join([PLAIN, *names])}; all but "
-            f"{PLAIN} are folders of {EXPERIMENTS}/ in a checkout"
+            f"precision {name!r} is unknown{near_miss(name, [PLAIN, *names])}; all but {PLAIN} "
+            f"are folders of {EXPERIMENTS}/ in a checkout"
         )
     return importlib.import_module(f"{EXPERIMENTS}.{name}.precision")

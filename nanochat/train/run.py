@@ -1,12 +1,8 @@
-"""What the training stages share around their loops: build, resume, save, stop.
-
-A stage's script keeps its loop; the state that a checkpoint must hold lives here once.
-"""
+"""Build a model, load one, and the state of a run as a checkpoint holds it."""
 
 import math
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +10,12 @@ from typing import Any
 import torch
 
 from nanochat import hardware, scaling
-from nanochat.common import Runtime, StopRequest, print0
+from nanochat.common import Runtime, print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels.registry import Choice
-from nanochat.optim.adamw import AdamW
-from nanochat.optim.muon import Muon
-from nanochat.profiler.throughput import Meter, Peaks, peak_memory_gib
+from nanochat.optim.sharding import BucketOptimizer
+from nanochat.profiler.throughput import Meter, Peaks
 from nanochat.text.tokenizer_base import Tokenizer
-from nanochat.tracking import Tracker
 from nanochat.train import checkpoint_read, checkpoint_write, precision
 
 
@@ -74,24 +68,8 @@ def load_pretrained(
     return model, meta, path
 
 
-# what the chat scripts call the stages
-SOURCES = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
-
-
-def source_stage(source: str, checkpoint: str) -> str:
-    """The stage that `checkpoint` is of by its path, or else the one called `source`.
-
-    Raises  ValueError for an unknown source.
-    """
-    if source not in SOURCES:
-        raise ValueError(f"source {source!r} is unknown; choose {', '.join(SOURCES)}")
-    parts = Path(checkpoint).parts
-    named = [stage for stage in SOURCES.values() if f"{stage}_checkpoints" in parts]
-    return named[-1] if named else SOURCES[source]
-
-
 def device_peaks(runtime: Runtime) -> Peaks:
-    """FLOP/s of the device at hand: datasheet where it is known, and a measured GEMM."""
+    """FLOP/s of the device: its datasheet's where it is known, and a measured GEMM's."""
     known = hardware.identify(runtime.device)
     measured = hardware.measure_gemm(runtime.device, runtime.dtype)
     if known is None or known.bf16_flops is None:
@@ -105,7 +83,7 @@ def device_peaks(runtime: Runtime) -> Peaks:
 def find_resume(
     stage: str, tag: str, resume: bool, resume_from: str, base_dir: Path
 ) -> Path | None:
-    """The checkpoint to go on from: `resume_from`, or with `resume` the tag's newest, if any."""
+    """The checkpoint to continue: `resume_from`, or with `resume` the tag's newest, if any."""
     if resume_from:
         return checkpoint_read.find(resume_from, stage, base_dir, tag)
     tag_dir = checkpoint_read.stage_dir(base_dir, stage) / tag
@@ -116,13 +94,13 @@ def find_resume(
 
 @dataclass
 class TrainState:
-    """Everything that decides how a run goes on; saved and restored as a whole.
+    """Everything that decides how a run continues; saved and restored as a whole.
 
     loader_state  of the last batch trained on; None before the first.
     """
 
     model: GPT
-    optimizers: Sequence[AdamW | Muon]
+    optimizers: Sequence[BucketOptimizer]
     meter: Meter
     stage: str
     tag: str
@@ -202,87 +180,6 @@ class TrainState:
                 f"The last checkpoint in {self.directory(runtime)} is untouched: --resume from it "
                 "with lower rates or --grad_clip=1.0"
             )
-
-    def finish(
-        self,
-        tracker: Tracker,
-        runtime: Runtime,
-        stop: StopRequest | None,
-        keep_last: int,
-        started: float,
-        **values: object,
-    ) -> None:
-        """End of a stage: the "end" record; or, where `stop` ended it early, a checkpoint.
-
-        started  time.perf_counter() when the loop began; values go into the record.
-        """
-        if stop is None:
-            tracker.log(
-                "end",
-                self.step,
-                wall_seconds=time.perf_counter() - started,
-                train_seconds=self.meter.seconds,
-                peak_memory_gib=peak_memory_gib(runtime),
-                **values,
-            )
-            print0(f"done: {self.directory(runtime)}")
-        else:
-            self.save(runtime, keep_last)
-            print0(f"{stop.name}: saved step {self.step}; go on with --resume")
-        tracker.close()
-        runtime.close()
-        if stop is not None:
-            sys.exit(stop.exit_code)
-
-
-def open_run(
-    stage: str,
-    tag: str,
-    model: GPT,
-    meter: Meter,
-    settings: Any,
-    runtime: Runtime,
-    record: Mapping[str, Any],
-    meta: Mapping[str, Any],
-    init_lr_frac: float = 1.0,
-    run: str = "dummy",
-) -> tuple[TrainState, Tracker]:
-    """The optimizers, state and records of a run, taken up where it stopped if that is asked for.
-
-    settings      of a training script: its rates, resume and resume_from
-    record        for the checkpoints and for the records; meta is for the checkpoints alone.
-    init_lr_frac  share of the settings' rates
-    run           name of the wandb run
-    Raises        ValueError for a bad tag or a checkpoint that does not fit, before any writing.
-    """
-    state = TrainState(
-        model,
-        model.setup_optimizers(
-            settings.embedding_lr * init_lr_frac,
-            settings.unembedding_lr * init_lr_frac,
-            settings.matrix_lr * init_lr_frac,
-            settings.weight_decay,
-            distributed=runtime.world_size > 1,
-            newton_schulz=settings.newton_schulz,
-        ),
-        meter,
-        stage,
-        tag,
-        {"settings": asdict(settings), **record, **meta},
-    )
-    resumed = find_resume(stage, tag, settings.resume, settings.resume_from, runtime.base_dir)
-    if resumed is not None:
-        state.restore(resumed, runtime)
-    tracker = Tracker(
-        state.directory(runtime),
-        runtime,
-        stage,
-        settings,
-        run=run,
-        resume_step=None if resumed is None else state.step,
-        header=record,
-    )
-    return state, tracker
 
 
 def due(step: int, every: int) -> bool:

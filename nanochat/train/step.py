@@ -12,8 +12,7 @@ from torch import Tensor
 
 from nanochat.common import Runtime
 from nanochat.kernels.linear_cross_entropy import IGNORE_INDEX
-from nanochat.optim.adamw import AdamW
-from nanochat.optim.muon import Muon
+from nanochat.optim.sharding import BucketOptimizer
 
 
 class StepResult(NamedTuple):
@@ -31,7 +30,7 @@ def cross_entropy_sum(model: torch.nn.Module, micro_batch: tuple[Tensor, ...]) -
 
 def train_step(
     model: torch.nn.Module,
-    optimizers: Sequence[AdamW | Muon],
+    optimizers: Sequence[BucketOptimizer],
     micro_batches: Sequence[tuple[Any, ...]],
     runtime: Runtime,
     grad_clip: float = 0.0,
@@ -61,7 +60,7 @@ def train_step(
     return StepResult(runtime.all_reduce(total), grad_norm)
 
 
-def set_rates(optimizers: Sequence[AdamW | Muon], lr_scale: float, muon_momentum: float) -> None:
+def set_rates(optimizers: Sequence[BucketOptimizer], lr_scale: float, muon_momentum: float) -> None:
     """Scale every group's initial rate and set Muon's momentum."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -12,7 +12,7 @@ use std::thread;
 use pyo3::exceptions::{PyUnicodeDecodeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyString, PyTuple};
-use rustbpe_core::{Split, TieBreak, TrainError, Vocab, VocabError, WordCounts, train};
+use rustbpe_core::{Split, TieBreak, TrainError, Vocab, VocabError, WordCounts, cpu_quota, train};
 
 use crate::model::{Model, byte_array};
 use crate::pattern::{Pattern, split_error};
@@ -66,7 +66,7 @@ impl Tokenizer {
     /// pattern      split pattern, GPT-4's by default
     /// progress     called some times a second as progress(stage, done, total): ("count", bytes,
     ///              None), then ("merge", merges, merges wanted); an exception ends the training
-    /// num_threads  threads, one for each processor by default; of many, four merge
+    /// num_threads  threads that count, default_num_threads() by default; one of them merges
     /// tie_break    "rustbpe" or "huggingface": which of equally frequent pairs comes first
     ///
     /// The result depends on the texts, pattern and tie_break only. A training that fails leaves
@@ -105,7 +105,7 @@ impl Tokenizer {
             return Err(PyValueError::new_err("buffer_size must be at least 1, not 0"));
         }
         let mut watch = Watch::new(progress);
-        let mut words = WordCounts::new(threads(num_threads)?);
+        let mut words = WordCounts::new(threads(py, num_threads)?);
         count(&mut iterator.try_iter()?, buffer_size, &splitter, &mut words, &mut watch)?;
         let num_merges = (vocab_size - NUM_BYTES) as usize;
         let model = py.detach(|| {
@@ -156,7 +156,7 @@ impl Tokenizer {
         model.list(py, &model.encode(text)?)
     }
 
-    /// Token ids of each text of a sequence, with one thread for each processor by default.
+    /// Token ids of each text of a sequence, with default_num_threads() threads by default.
     ///
     /// Raises  ValueError as encode.
     #[pyo3(signature = (texts, num_threads=None))]
@@ -168,7 +168,7 @@ impl Tokenizer {
     ) -> PyResult<Bound<'py, PyList>> {
         let model = self.ready()?;
         let lists = PyList::empty(py);
-        model.encode_blocks(py, &texts, threads(num_threads)?, |block| {
+        model.encode_blocks(py, &texts, threads(py, num_threads)?, |block| {
             let mut start = 0;
             for &end in &block.ends {
                 lists.append(model.list(py, &block.tokens[start..end])?)?;
@@ -179,7 +179,7 @@ impl Tokenizer {
         Ok(lists)
     }
 
-    /// encode_batch with one thread for each processor.
+    /// encode_batch with default_num_threads() threads.
     fn batch_encode<'py>(
         &self,
         py: Python<'py>,
@@ -204,7 +204,7 @@ impl Tokenizer {
         let from_buffer = py.import("numpy")?.getattr("frombuffer")?;
         let model = self.ready()?;
         let mut blocks = Vec::new();
-        model.encode_blocks(py, &texts, threads(num_threads)?, |block| {
+        model.encode_blocks(py, &texts, threads(py, num_threads)?, |block| {
             blocks.push(block);
             Ok(())
         })?;
@@ -301,13 +301,24 @@ impl Tokenizer {
     }
 }
 
-/// The threads asked for, one for each processor by default.
-fn threads(num_threads: Option<usize>) -> PyResult<usize> {
+/// The number of threads asked for, or the default.
+fn threads(py: Python<'_>, num_threads: Option<usize>) -> PyResult<usize> {
     match num_threads {
         Some(0) => Err(PyValueError::new_err("num_threads must be at least 1, not 0")),
         Some(num_threads) => Ok(num_threads),
-        None => Ok(thread::available_parallelism().map_or(1, NonZero::get)),
+        None => default_num_threads(py),
     }
+}
+
+/// The processors that this process may use: its CPU affinity, limited by the quota of its cgroup and
+/// of those around it (of a container, say), rounded up.
+#[pyfunction]
+fn default_num_threads(py: Python<'_>) -> PyResult<usize> {
+    let affinity = match py.import("os")?.getattr_opt("sched_getaffinity")? {
+        Some(affinity) => affinity.call1((0,))?.len()?,
+        None => thread::available_parallelism().map_or(1, NonZero::get), // not on Linux
+    };
+    Ok(cpu_quota().map_or(affinity, |quota| quota.min(affinity)))
 }
 
 /// The pattern's splitter. Raises ValueError for a pattern that is empty or malformed.
@@ -325,5 +336,6 @@ fn vocab_error(error: VocabError) -> PyErr {
 #[pymodule]
 fn rustbpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_function(wrap_pyfunction!(default_num_threads, module)?)?;
     module.add_class::<Tokenizer>()
 }

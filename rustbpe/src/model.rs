@@ -17,7 +17,7 @@ pub struct Model {
     pub vocab: Arc<Vocab>,
     /// Made at the first use: a trained vocabulary is often only stored.
     encoder: OnceLock<Encoder>,
-    /// The ids as Python's ints: sharing them is faster than making each anew.
+    /// The ids as Python's ints: sharing them is faster than creating each one again.
     ints: PyOnceLock<Vec<Py<PyInt>>>,
 }
 
@@ -54,8 +54,8 @@ impl Model {
                 bytes >= BATCH_BYTES
             };
             let len = rest.iter().position(is_full).map_or(rest.len(), |last| last + 1);
-            let (batch, behind) = rest.split_at(len);
-            rest = behind;
+            let batch;
+            (batch, rest) = rest.split_at(len);
             let encoded =
                 py.detach(|| self.encoder().encode_batch(&self.splitter, batch, num_threads));
             encoded.map_err(split_error)?.into_iter().try_for_each(&mut block)?;

@@ -18,7 +18,7 @@ from torch import Tensor
 from bench import compare, judge, measure, peers, replay, report, train_steps, tune
 from bench.cases import Case, check_case, make_case, refusal, refusal_at_full_size, relative_errors
 from bench.configurations import Use, candidates, with_measured, write_entry
-from bench.contenders import contenders, operations
+from bench.contenders import contenders
 from bench.replay import Replay
 from bench.rows import auto_losses, load, save
 from bench.session import Ceilings, Session
@@ -27,8 +27,8 @@ from bench.tuner import Task, Tuner, tasks
 from bench.variants import SMALL, Size, Variant
 from nanochat.common import Runtime
 from nanochat.kernels import launch
-from nanochat.kernels.registry import REGISTRY, Cost
-from nanochat.kernels.rms_norm import rms_norm
+from nanochat.kernels.registry import REGISTRY, Cost, operations
+from nanochat.kernels.rms_norm import FORWARD, rms_norm
 from nanochat.kernels.workloads import WORKLOADS, Workload
 
 CPU = torch.device("cpu")
@@ -405,9 +405,9 @@ class TestTune:
         tuned = {"up_to": 768, "element_size": 2, "BLOCK_ROWS": 8, "origin": "measured"}
         write_entry(tmp_path, "sm_90", "rms_norm.forward", tuned)
         written = json.loads((tmp_path / "sm_90.json").read_text())
-        shipped = json.loads((launch.CONFIGS / "sm_90.json").read_text())
+        shipped = json.loads((launch.TABLES / "sm_90.json").read_text())
         assert written["rms_norm.forward"][0] == tuned
-        assert written["rms_norm.forward"][1:] == launch.table("generic")["rms_norm.forward"]
+        assert written["rms_norm.forward"][1:] == FORWARD.default
         others = shipped.keys() - {"rms_norm.forward"}
         assert {name: written[name] for name in others} == {name: shipped[name] for name in others}
 
@@ -415,7 +415,8 @@ class TestTune:
         ops = [operations()[name] for name in ("rms_norm", "add_rms_norm")]
         found = tasks(ops, [WORKLOADS["d12"]], "sm_90", torch.bfloat16)
         assert {
-            (t.use.kernel, t.use.size, t.use.element_size, t.op.name, t.passes) for t in found
+            (t.use.config.kernel, t.use.size, t.use.element_size, t.op.name, t.passes)
+            for t in found
         } == {
             ("rms_norm.forward", 768, 2, "add_rms_norm", 1),
             ("rms_norm.backward", 768, 2, "add_rms_norm", 2),
@@ -426,7 +427,7 @@ class TestTune:
         current: dict[str, Any] = {}
 
         def call(x: Tensor) -> Tensor:
-            current.update(launch.config("rms_norm.forward", x, x.shape[-1]))
+            current.update(FORWARD.choose(x, x.shape[-1]))
             if current["num_warps"] == 8:
                 raise RuntimeError("out of resources")
             wrong = current["BLOCK_ROWS"] == 8
@@ -438,11 +439,10 @@ class TestTune:
             replace(rms_norm.implementations["triton"], call=call),
         )
         monkeypatch.setattr(Tuner, "faults", lambda self, task, entry: faults)
-        task = Task(Use("rms_norm.forward", 128, 4, True, self.SHIPPED), rms_norm, "triton", SIZE)
+        task = Task(Use(FORWARD, 128, 4, True, self.SHIPPED), rms_norm, "triton", SIZE)
         tuner = Tuner("generic", CPU, torch.float32, FakeTimer(lambda: cost_of(current)))
-        before = launch.table("generic")["rms_norm.forward"]
         entry = tuner.tune(task, 60.0)
-        assert launch.table("generic")["rms_norm.forward"] is before
+        assert FORWARD.entries("generic") is FORWARD.default
         return entry, tuner.log
 
     def test_the_fastest_right_candidate_wins(self, quick: None, monkeypatch: Any) -> None:

@@ -113,7 +113,7 @@ def test_a_broken_connection_is_tried_again(hub: Hub, tmp_path: Path) -> None:
 
 def test_what_is_no_parquet_file_is_named(hub: Hub, tmp_path: Path) -> None:
     hub.files["shard_00000.parquet"] = b"<html>"
-    with pytest.raises(ValueError, match=r"shard_00000\.parquet on the hub is no parquet"):
+    with pytest.raises(ValueError, match=r"shard_00000\.parquet on the hub is not a parquet"):
         download_shard(HUB, 0, tmp_path, hub.endpoint)
     assert not (tmp_path / "shard_00000.parquet").exists()
 

@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import Runtime, setup_training
-from nanochat.eval.core import batches, centred, evaluate_task, is_right, make_example, prompts
+from nanochat.eval.core import (
+    Example,
+    batches,
+    centred,
+    evaluate_task,
+    make_example,
+    prompts,
+    score_examples,
+)
 from nanochat.eval.core_bundle import CoreTask, get_bundle, load_tasks
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.text.tokenizer import RustBPETokenizer
@@ -123,10 +131,21 @@ def test_shared_prefixes_change_no_answer(
     by_loss = kind != "language_modeling"
     with torch.no_grad():
         want = [naive(model, example, by_loss) for example in examples]
-    assert is_right(model, examples, by_loss) == want
-    assert [is_right(model, [example], by_loss)[0] for example in examples] == want
+    assert score_examples(model, examples, by_loss) == want
+    assert [score_examples(model, [example], by_loss)[0] for example in examples] == want
     if by_loss:
         assert 0 < sum(want) < len(want)
+
+
+def test_the_worked_example(model: GPT) -> None:
+    """The one in the docstring of score_examples: three tokens are shared, the fourth predicts."""
+    rows = [[256, 7, 8, 9, 4, 5], [256, 7, 8, 9, 6]]
+    examples = [Example(rows, [4, 4], [6, 5], gold) for gold in (0, 1)]
+    assert examples[0].num_shared == 3
+    with torch.no_grad():
+        want = [naive(model, example, True) for example in examples]
+    assert sorted(want) == [False, True]
+    assert score_examples(model, examples, by_loss=True) == want
 
 
 def test_likeliest_tokens_are_right(tmp_path: Path, tokenizer: Any, model: GPT) -> None:
@@ -136,9 +155,9 @@ def test_likeliest_tokens_are_right(tmp_path: Path, tokenizer: Any, model: GPT) 
     start, end = example.starts[0], example.ends[0]
     told = list(model.generate(example.rows[0][:start], end - start, temperature=0))
     example.rows[0][start:end] = told
-    assert is_right(model, [example], by_loss=False) == [True]
+    assert score_examples(model, [example], by_loss=False) == [True]
     example.rows[0][end - 1] = (told[-1] + 1) % 256
-    assert is_right(model, [example], by_loss=False) == [False]
+    assert score_examples(model, [example], by_loss=False) == [False]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,7 +175,7 @@ def test_long_prompts_keep_their_ends(
     assert lengths == [e - s for s, e in zip(short.starts, short.ends, strict=True)]
     by_loss = kind != "language_modeling"
     with torch.no_grad():
-        assert is_right(model, [short], by_loss) == [naive(model, short, by_loss)]
+        assert score_examples(model, [short], by_loss) == [naive(model, short, by_loss)]
 
 
 def test_few_shots_are_others_and_as_many_as_there_are(tmp_path: Path, tokenizer: Any) -> None:
@@ -289,7 +308,7 @@ def test_what_is_no_archive_is_removed(server: str, tmp_path: Path) -> None:
     base = tmp_path / "home"
     base.mkdir()
     (tmp_path / "junk.zip").write_bytes(b"<html>not found</html>")
-    with pytest.raises(ValueError, match="was no archive"):
+    with pytest.raises(ValueError, match="was not an archive"):
         get_bundle(base, f"{server}/junk.zip")
     assert len(load_tasks(get_bundle(base, f"{server}/eval_bundle.zip"))) == 3
 

@@ -1,24 +1,11 @@
-"""The fused AdamW step against the definition, torch.optim.AdamW and its own contract."""
+"""The fused AdamW step against torch.optim.AdamW over many steps, and what it refuses."""
 
 import pytest
 import torch
 
-from nanochat.kernels.adamw_step import adamw_step, fused, reference, triton_step
+from nanochat.kernels.adamw_step import fused, triton_step
 
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def test_equals_the_definition() -> None:
-    torch.manual_seed(0)
-    for args in adamw_step.examples(HERE, torch.float32):
-        exact = [x.double() if isinstance(x, torch.Tensor) else x for x in args]
-        eager = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
-        reference(*exact)
-        reference(*eager)
-        triton_step(*args)
-        for got, same_dtype, want in zip(args[:4], eager[:4], exact[:4], strict=True):
-            allowed = 2 * (same_dtype - want).norm() + 1e-6 * want.norm()
-            assert (got - want).norm() <= allowed
 
 
 def test_many_steps_equal_torch() -> None:
@@ -43,8 +30,3 @@ def test_other_dtypes_and_shapes_are_refused() -> None:
     for bad in (x.half(), torch.zeros(5, device=HERE), torch.zeros(8, device=HERE)[::2]):
         with pytest.raises(ValueError, match="four contiguous float32 tensors of one shape"):
             fused(x, bad, x.clone(), x.clone(), *rates)
-
-
-def test_custom_operation_keeps_its_contract() -> None:
-    tensors = [torch.rand(9, device=HERE) for _ in range(4)]
-    torch.library.opcheck(fused, (*tensors, 0.9, 0.95, 1e-8, 1.0, 0.1, 1.0))

@@ -1,4 +1,8 @@
-"""Every implementation of every operation, over its examples, against its reference in float64."""
+"""Every implementation of every operation, over its examples, against its reference in float64.
+
+The operations are those that `registry.operations` finds: a new file in nanochat/kernels is tested
+here without a line in this one.
+"""
 
 import math
 from typing import Any
@@ -11,27 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanochat.kernels import (
     attention,
     linear_cross_entropy,
-    norm_rope,
     qk_norm_rope,
-    relu2_mlp,
     rms_norm,
 )
-from nanochat.kernels.registry import REGISTRY, Op, format_choices, select
+from nanochat.kernels.registry import Op, format_choices, operations, select
 from nanochat.kernels.roofline import bound, speed_of_light
 
-OPS = [
-    rms_norm.rms_norm,
-    rms_norm.add_rms_norm,
-    qk_norm_rope.qk_norm_rope,
-    norm_rope.norm_rope,
-    relu2_mlp.relu2_mlp,
-    linear_cross_entropy.linear_cross_entropy,
-    attention.attention,
-]
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 ABSOLUTE = 1e-6
-CASES = [(op, name) for op in OPS for name in op.implementations]
+CASES = [(op, name) for op in operations().values() for name in op.implementations]
 ON_DEVICES = [
     pytest.param(op, name, CPU, id=f"{op.name}-{name}-cpu")
     for op, name in CASES
@@ -54,18 +47,25 @@ def same_layout(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def run(call: Any, args: tuple[Any, ...], exact: bool = False) -> list[torch.Tensor]:
-    """Outputs, then the gradient of every floating-point argument, in float64.
+    """Outputs, then the gradient of every floating-point argument that has one, in float64.
+
+    Of an operation in place, which returns None, the arguments after the call.
 
     exact  also computes in float64, whatever the dtypes of the arguments.
     """
-    leaves = [
-        same_layout(arg, torch.float64 if exact else arg.dtype).requires_grad_()
-        if isinstance(arg, torch.Tensor) and arg.is_floating_point()
-        else arg
-        for arg in args
-    ]
+
+    def leaf(arg: Any) -> Any:
+        if isinstance(arg, torch.Tensor) and arg.is_floating_point():
+            return same_layout(arg, torch.float64 if exact else arg.dtype).requires_grad_()
+        return torch.float64 if exact and isinstance(arg, torch.dtype) else arg
+
+    leaves = [leaf(arg) for arg in args]
     outputs = call(*leaves)
+    if outputs is None:
+        return [x.detach().double() for x in leaves if isinstance(x, torch.Tensor)]
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if not any(y.requires_grad for y in outputs):
+        return [y.double() for y in outputs]
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in outputs]
     total = sum((y.double() * w.to(y.device)).sum() for y, w in zip(outputs, weights, strict=True))
@@ -102,23 +102,24 @@ def rms(x: torch.Tensor) -> float:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("op", "name", "device"), ON_DEVICES)
-def test_error_is_at_most_twice_that_of_eager(
+def test_error_is_within_its_multiple_of_eager(
     op: Op, name: str, device: torch.device, dtype: torch.dtype
 ) -> None:
-    refusal = op.implementations[name].needs(device, dtype)
+    implementation = op.implementations[name]
+    refusal = implementation.needs(device, dtype)
     if refusal:
         pytest.skip(refusal)
     torch.manual_seed(0)
     for args in op.examples(device, dtype):
         want = run(op.reference, args, exact=True)
         eager = run(op.reference, args)
-        got = run(op.implementations[name].call, args)
+        got = run(implementation.call, args)
         assert len(got) == len(want)
         for index, (g, e, w) in enumerate(zip(got, eager, want, strict=True)):
             assert torch.isfinite(g).all(), (index, tuple(w.shape))
-            allowed = 2 * rms(e - w) + ABSOLUTE * max(1.0, rms(w))
+            allowed = implementation.error * rms(e - w) + ABSOLUTE * max(1.0, rms(w))
             assert rms(g - w) <= allowed, (index, tuple(w.shape))
-        again = run(op.implementations[name].call, args)
+        again = run(implementation.call, args)
         assert all(torch.equal(g, a) for g, a in zip(got, again, strict=True))
 
 
@@ -147,6 +148,8 @@ def test_gradients_may_have_any_strides(op: Op, name: str) -> None:
         ]
         outputs = op.implementations[name].call(*leaves)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if not any(y is not None and y.requires_grad for y in outputs):
+            pytest.skip(f"{op.name} is not differentiated")
         wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
         dense = [torch.randn(y.shape, device=HERE) for y in outputs]
         ones = [torch.ones(y.shape, device=HERE) for y in outputs]
@@ -285,7 +288,7 @@ def test_unknown_reduction_is_refused() -> None:
 @pytest.fixture
 def restored():
     yield
-    for op in REGISTRY.values():
+    for op in operations().values():
         op.use("reference")
 
 

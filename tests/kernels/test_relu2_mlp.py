@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from nanochat.kernels import launch
-from nanochat.kernels.launch import preferred
 from nanochat.kernels.registry import select
 from nanochat.kernels.relu2_mlp import (
+    AUTO,
     reference,
     relu2_mlp,
     triton_fused,
@@ -173,15 +173,15 @@ def test_the_table_names_what_auto_takes(monkeypatch: pytest.MonkeyPatch) -> Non
     cuda, dtype = torch.device("cuda"), torch.bfloat16
     entry = {"implementation": "triton", "origin": "1.03 times faster on a test"}
     monkeypatch.setattr(launch, "architecture_of", lambda device: "sm_90")
-    monkeypatch.setattr(launch, "table", lambda name: {"relu2_mlp.auto": [entry]})
-    assert preferred("relu2_mlp", "triton")(cuda, dtype) == ""
-    against = preferred("relu2_mlp", "triton_pointwise")(cuda, dtype)
+    monkeypatch.setattr(launch, "table", lambda name, folder: {"relu2_mlp.auto": [entry]})
+    assert relu2_mlp.implementations["triton"].auto(cuda, dtype) == ""
+    against = relu2_mlp.implementations["triton_pointwise"].auto(cuda, dtype)
     assert against == "triton is preferred: 1.03 times faster on a test"
 
 
 def test_shipped_tables_prefer_an_implementation_that_exists() -> None:
     for architecture in ("generic", "sm_90", "sm_120"):
-        entry = launch.table(architecture)["relu2_mlp.auto"][0]
+        entry = AUTO.entries(architecture)[0]
         assert entry["implementation"] in relu2_mlp.implementations
 
 

@@ -130,6 +130,14 @@ def test_mid_training_goes_on_from_the_base_model(mid: World) -> None:
     assert meta["parent"].endswith("base_checkpoints/d2/000006")
 
 
+def test_rows_of_a_step_stand_for_its_tokens(mid: World) -> None:
+    """--target_examples_per_step=4 rows of 128 tokens are the 512 tokens of MID."""
+    rows = ("--target_examples_per_step=4", "--total_batch_size=1", "--model_tag=rows")
+    mid.run("mid_train", *MID, *rows, "--base_checkpoint=base_checkpoints/latest.pt")
+    assert_same(mid.weights("mid", "d2"), mid.weights("mid", "rows"))
+    assert mid.records("mid", "rows", "plan")[0]["total_batch_size"] == 512
+
+
 def test_fine_tuning_goes_on_from_mid_training(sft: World) -> None:
     before = sft.records("chatsft", "d2", "eval")[0]["loss"]
     after = sft.records("chatsft", "d2", "eval")[-1]["loss"]
@@ -211,7 +219,12 @@ def test_chat_models_are_evaluated_once(rl: World) -> None:
     assert "of 3, 0 too long" in evaluate("--checkpoint=chatsft_checkpoints/latest.pt")
     assert result.stat().st_mtime_ns == written
     assert "of 3, 0 too long" in evaluate("-i", "rl")
-    assert len(list((rl.base_dir / "chat_eval").glob("*.json"))) == 2
+    # the stage of the checkpoint is recorded, also where only its path tells
+    assert "of 3, 0 too long" in evaluate("--checkpoint=mid_checkpoints/latest.pt")
+    files = (rl.base_dir / "chat_eval").glob("*.json")
+    sources = {path.name: json.loads(path.read_text())["settings"]["source"] for path in files}
+    assert sorted(sources.values()) == ["mid", "rl", "sft"]
+    assert all(name.removeprefix("chat").startswith(stage) for name, stage in sources.items())
     saved = json.loads(result.read_text())
     saved["settings"]["weights"] = "of another model of the same name and step"
     result.write_text(json.dumps(saved))
@@ -262,5 +275,5 @@ def test_two_ranks_learn_what_one_learns(sft: World) -> None:
 
 def test_a_checkpoint_of_another_stage_is_refused(mid: World) -> None:
     wrong = f"--mid_checkpoint={mid.base_dir / 'base_checkpoints' / 'd2' / '000006'}"
-    output = mid.run("chat_sft", *SFT, wrong, "--model_tag=wrong", code=1)
+    output = mid.run("chat_sft", *SFT, wrong, "--model_tag=wrong", code=2)
     assert "is of stage base, not mid" in output

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.data.dataloader import Batches, DataLoader
-from nanochat.text.tokenizer import TiktokenTokenizer
+from nanochat.text.tokenizer import byte_tokenizer
 from nanochat.text.tokenizer_base import Tokenizer
 
-BYTES = TiktokenTokenizer.from_ranks({bytes([i]): i for i in range(256)}, r"(?s:.)")
+BYTES = byte_tokenizer()
 BOS = 256
 
 

@@ -63,7 +63,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     assert "leave --task_data out" in str(caught.value)
     with pytest.raises(ValueError, match="no split 'val'; choose train, test"):
         GSM8K("val", DATA)
-    with pytest.raises(ValueError, match="nowhere is no folder"):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
         GSM8K("test", tmp_path / "nowhere")
     to_parquet(DATA / "gsm8k/main/test.jsonl", SHARDS, tmp_path / "gsm8k")
     (tmp_path / "gsm8k" / SHARDS[0]).unlink()

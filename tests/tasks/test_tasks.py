@@ -1,4 +1,4 @@
-"""Tasks: views and mixtures, each task's conversations and judge, where their files come from."""
+"""Tasks: views and mixtures, what each task asks, which answers it accepts."""
 
 import ast
 import json
@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from nanochat.eval.tasks import BASELINES
 from nanochat.infer.calculator import use_calculator
 from nanochat.sandbox.confinement import BARRIERS
 from nanochat.sandbox.execution import isolation_level
@@ -34,13 +33,12 @@ from tasks.gsm8k import GSM8K, solution_parts
 from tasks.humaneval import HumanEval, checking_program, extract_code
 from tasks.mixtures import mid_mixture, sft_mixture
 from tasks.mmlu import MMLU
-from tasks.registry import TASKS, get_task
+from tasks.registry import evaluated_names, get_task
 from tasks.smoltalk import SmolTalk
-from tasks.sources import Source
 from tasks.spellingbee import SimpleSpelling, SpellingBee, load_words
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT / "tests" / "data" / "tasks"
+DATA = Path(__file__).parent / "fixtures"
 GOOD = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
@@ -403,7 +401,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: Any, reason: str) -> None:
 
 
 def test_custom_json_wants_conversations(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none\.jsonl is no file"):
+    with pytest.raises(ValueError, match=r"none\.jsonl is not a file"):
         CustomJSON(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="has no conversations"):
@@ -419,17 +417,6 @@ def test_identity(tmp_path: Path) -> None:
     assert [c["messages"] for c in identity(tmp_path)] == [GOOD]
 
 
-def test_registry_has_the_tasks_of_chatcore() -> None:
-    assert set(TASKS) == {*BASELINES, "Arithmetic"}
-    for name in BASELINES:
-        task = get_task(name, task_data=DATA)
-        assert task.eval_type == ("categorical" if BASELINES[name] else "generative")
-        assert len(task) > 0
-        assert len(get_task(name, task_data=DATA, stop=1)) == 1
-    for name in ("ARC-Easy", "ARC-Challenge"):
-        assert list(get_task(name, task_data=DATA)) == list(ARC(name, "test", DATA))
-
-
 @pytest.mark.parametrize(
     ("name", "near"), [("GSM8k", "GSM8K"), ("arc-easy", "ARC-Easy"), ("SpelingBee", "SpellingBee")]
 )
@@ -441,7 +428,7 @@ def test_unknown_task_names_the_nearest(name: str, near: str) -> None:
 @pytest.mark.parametrize("mixture", [mid_mixture, sft_mixture])
 def test_nothing_evaluated_is_trained_on(mixture: Any) -> None:
     trained = {question_of(conversation) for conversation in mixture("full", "train", DATA)}
-    for name in TASKS:
+    for name in evaluated_names():
         for conversation in get_task(name, task_data=DATA):
             assert question_of(conversation) not in trained
     for row in rows_of("gsm8k/main/train.jsonl"):
@@ -524,7 +511,10 @@ def test_the_documented_task(tokenizer: Any) -> None:
         ids, mask = render_conversation(tokenizer, conversation)
         trained = [token for token, bit in zip(ids, mask, strict=True) if bit]
         assert tokenizer.decode(trained) == trained_text(conversation)
-    assert isinstance(names["SOURCE"], Source)
+    assert [entry.name for entry in names["TASKS"]] == ["Addition"]
+    row = {"first": 2, "second": 3}
+    conversation = names["WrittenAddition"].conversation(None, row)
+    assert last_text(conversation) == "#### 5"
 
 
 @pytest.fixture

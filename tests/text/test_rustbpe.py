@@ -6,9 +6,11 @@ What only the rustbpe of this repository has is skipped with the published one.
 import hashlib
 import itertools
 import json
+import os
 import pickle
 import random
 import signal
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -83,7 +85,7 @@ def tiktoken_of(ranks: dict[bytes, int], pattern: str) -> tiktoken.Encoding:
 
 
 def slow_tokens(texts: list[str], vocab_size: int) -> list[bytes]:
-    """Counts every pair anew after each merge; the smaller pair of ids comes first."""
+    """Counts every pair again after each merge; the smaller pair of ids comes first."""
     pieces = Counter(piece for text in texts for piece in regex.findall(SPLIT_PATTERN, text))
     words = [(list(piece.encode()), count) for piece, count in pieces.items()]
     learnt = [bytes([i]) for i in range(256)]
@@ -175,6 +177,13 @@ class TestTraining:
         texts = random.Random(num_threads).sample(CORPUS, len(CORPUS))
         again = trained(texts, VOCAB, num_threads=num_threads, buffer_size=buffer_size)
         assert tokens(again) == tokens(ours)
+
+    @only_ours
+    def test_many_threads_on_much_text(self, ours: Tokenizer) -> None:
+        """Enough that more than one thread counts; text repeated changes no order of counts."""
+        texts = CORPUS * 60
+        assert sum(map(len, texts)) > 4_000_000
+        assert tokens(trained(texts, VOCAB, num_threads=8)) == tokens(ours)
 
     @only_ours
     def test_progress(self) -> None:
@@ -321,7 +330,7 @@ class TestEncoding:
 
     @only_ours
     def test_the_gil_is_free(self, ours: Tokenizer) -> None:
-        """Another thread gets to run, though none is ever asked to make way."""
+        """Another thread gets to run, though no thread is ever asked to yield."""
         texts = [CORPUS[-1]] * 100
         runs, stop = [], threading.Event()
 
@@ -374,6 +383,20 @@ class TestEncoding:
             Tokenizer.from_ranks(ranks, SPLIT_PATTERN)
         with pytest.raises(ValueError, match="Invalid regex"):
             Tokenizer.from_ranks(BYTES, "[")
+
+
+@only_ours
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinity")
+def test_default_number_of_threads() -> None:
+    """The affinity, unless a cgroup's quota is smaller: that is tested in core/src/quota.rs."""
+    program = "import os, rustbpe; {} print(rustbpe.default_num_threads())"
+    pin = "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]);"
+    one, all_of_them = (
+        int(subprocess.check_output([sys.executable, "-c", program.format(first)]))
+        for first in (pin, "")
+    )
+    assert one == 1
+    assert 1 <= all_of_them <= len(os.sched_getaffinity(0))
 
 
 @only_ours

@@ -1,5 +1,6 @@
 """The tokenizers against tiktoken and Hugging Face on many kinds of text; the chat format."""
 
+import doctest
 import json
 import pickle
 from itertools import pairwise
@@ -12,8 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nanochat.text.chat_format
 import nanochat.text.tokenizer
 from nanochat.text.chat_format import (
+    conversation_text,
     render_conversation,
     render_for_completion,
     visualize_tokenization,
@@ -22,6 +25,7 @@ from nanochat.text.tokenizer import (
     HuggingFaceTokenizer,
     RustBPETokenizer,
     TiktokenTokenizer,
+    byte_tokenizer,
     get_token_bytes,
     get_tokenizer,
 )
@@ -82,7 +86,7 @@ def test_special_tokens_come_last(each: Tokenizer) -> None:
     ids = [each.encode_special(name) for name in SPECIAL_TOKENS]
     assert ids == list(range(VOCAB - 9, VOCAB))
     assert each.get_bos_token_id() == VOCAB - 9
-    with pytest.raises(ValueError, match="no special token"):
+    with pytest.raises(ValueError, match="not a special token"):
         each.encode_special("the")
 
 
@@ -203,7 +207,7 @@ class TestConversation:
 
     @pytest.fixture
     def tokenizer(self) -> TiktokenTokenizer:
-        return TiktokenTokenizer.from_ranks({bytes([i]): i for i in range(256)}, r"(?s:.)")
+        return byte_tokenizer()
 
     def test_masks(self, tokenizer: TiktokenTokenizer) -> None:
         bos, user, user_end, assistant, assistant_end, py, py_end, out, out_end = range(256, 265)
@@ -236,6 +240,36 @@ class TestConversation:
         assert completion == [*ids[:19], assistant]
         assert len(messages) == 5
         assert "(256)" in visualize_tokenization(tokenizer, ids, mask, with_token_id=True)
+        assert conversation_text({"messages": messages}).splitlines() == [
+            "<|bos|><|user_start|>S",
+            "",
+            "u<|user_end|>",
+            "<|assistant_start|>t<|python_start|>p<|python_end|>",
+            "<|output_start|>o<|output_end|>",
+            "<|assistant_end|>",
+            "<|user_start|>v<|user_end|>",
+            "<|assistant_start|>w<|assistant_end|>",
+        ]
+
+    def test_every_tokenizer_renders(self, each: Tokenizer) -> None:
+        """The methods that people know from upstream are the functions of chat_format."""
+        parts = [{"type": "python", "text": "1+1"}, {"type": "text", "text": "two <|bos|>"}]
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": parts}]
+        conversation = {"messages": messages}
+        ids, mask = each.render_conversation(conversation)
+        assert (ids, mask) == render_conversation(each, conversation)
+        assert each.decode(ids) == conversation_text(conversation).replace("\n", "")
+        assert each.render_conversation(conversation, max_tokens=3) == (ids[:3], mask[:3])
+        prompt = each.render_for_completion(conversation)
+        assert prompt == ids[: len(prompt)] == render_for_completion(each, conversation)
+        shown = each.visualize_tokenization(ids, mask, with_token_id=True)
+        assert shown == visualize_tokenization(each, ids, mask, with_token_id=True)
+        assert each.visualize_tokenization(ids, mask) != shown
+
+    def test_the_worked_example(self) -> None:
+        result = doctest.testmod(nanochat.text.chat_format)
+        assert result.attempted > 4
+        assert not result.failed
 
     @pytest.mark.parametrize(
         "messages",

@@ -1,8 +1,8 @@
 """Products of block-scaled matrices: c = a b^T with a (M, K) and b (N, K) of one format.
 
     matmul        c, in bfloat16 or float32
-    matmul_add_   out += c, float32: the weight gradient. Few tiles and a long K are split along K,
-                  the parts summed in a fixed order: repeated runs are bitwise equal.
+    matmul_add_   out += c, float32: the weight gradient. It has few tiles and a long K: K is split,
+                  and the parts are summed in a fixed order, so repeated runs are bitwise equal.
     matmul_relu2  Q(relu(c)^2): the first half of the ReLU^2 network; c itself never reaches memory
 
 Dtypes  mxfp4, mxfp8_e4m3, mxfp8_e5m2, nvfp4; products accumulate in float32.
@@ -12,32 +12,48 @@ Native  a GPU without block-scaled tensor cores would multiply in bfloat16 inste
         bfloat16 itself: there every call raises NotNativeError.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from experiments.mxfp4.formats import FORMATS, Quantizer, ScaledTensor
-from experiments.mxfp4.kernels.blocks import constants_of
+from experiments.mxfp4.kernels.blocks import constants_of, has_e2m1_conversion
 from experiments.mxfp4.kernels.gemm_kernels import matmul_kernel, sum_kernel
-from experiments.mxfp4.kernels.launch import (
-    INTERPRETER,
-    config,
-    converts_to_e2m1,
-    launch,
-    target_of,
-)
 from experiments.mxfp4.kernels.ptx import require_block_scale
 from experiments.mxfp4.kernels.quantize import empty_outputs
-from nanochat.kernels.launch import Launch, cdiv, current_recorder
+from experiments.mxfp4.numbers.formats import FORMATS, Quantizer, ScaledTensor
+from nanochat.kernels.launch import (
+    GENERIC,
+    Config,
+    Launch,
+    architecture_of,
+    cdiv,
+    current_recorder,
+    launch,
+)
 
+TABLES = Path(__file__).parent / "configs"
+FOUR_BITS = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256, "num_warps": 8, "num_stages": 3,
+             "origin": "not measured"}  # fmt: skip
+EIGHT_BITS = FOUR_BITS | {"BLOCK_K": 128}  # as many bytes of codes
+TILES = {
+    (family, epilogue): Config(f"gemm.{family}.{epilogue}", tile, folder=TABLES)
+    for family, tile in (("mxfp4", FOUR_BITS), ("mxfp8", EIGHT_BITS), ("nvfp4", FOUR_BITS))
+    for epilogue in ("store", "add", "relu2")
+}
+SUM = Config("gemm.sum", {"BLOCK": 2048, "num_warps": 8, "origin": "not measured"}, folder=TABLES)
 GROUP = 8  # rows of tiles that share the columns of b in L2
 SPLITS_MAX = 8  # the parts are float32, as large as the gradient each
 PART_STEPS = 4  # writing and reading a part moves the bytes of four blocks along K
 
 
 def split_k(tiles: int, steps: int, programs: int) -> int:
-    """Shares along K that finish first on `programs` programs at a time; the fewest of equals.
+    """How many shares of K finish first with `programs` programs at a time; the fewest of equals.
 
     tiles, steps  tiles of the output, and blocks along K of each
+
+    36 tiles of 256 steps on 170 multiprocessors: unsplit, 36 programs of 256 steps leave the other
+    134 idle. Split in 4, 144 programs take 64 steps, and 4 more to write and read their part.
     """
 
     def duration(splits: int) -> int:
@@ -55,100 +71,106 @@ def _programs(device: torch.device) -> int:
 
 
 def _multiply(
-    a: Tensor, a_scales: Tensor, a_total: Tensor | None,
-    b: Tensor, b_scales: Tensor, b_total: Tensor | None,
-    fmt: str, end: str, out: Tensor | None, splits: int = 1,
+    a: Tensor, a_scales: Tensor, a_tensor_scale: Tensor | None,
+    b: Tensor, b_scales: Tensor, b_tensor_scale: Tensor | None,
+    fmt: str, epilogue: str, out: Tensor | None, splits: int = 1,
     quantized: tuple[Tensor, Tensor] | None = None, quantizer: str = "",
 ) -> None:  # fmt: skip
-    """Launch `matmul_kernel`; splits of 0 are chosen."""
+    """Launch `matmul_kernel`; splits of 0: `split_k` chooses."""
     (M, stride), N = a.shape, b.shape[0]
     number = FORMATS[fmt]
     K = stride * number.elements_per_byte
-    target = target_of(a.device)
-    options = config(f"gemm.{fmt.split('_')[0]}.{end}", target)
+    target = architecture_of(a.device)
+    options = TILES[fmt.split("_")[0], epilogue].choose(a)
     block_m, block_n, block_k = (options[f"BLOCK_{axis}"] for axis in "MNK")
     tiles, steps = cdiv(M, block_m) * cdiv(N, block_n), cdiv(K, block_k)
     splits = splits or split_k(tiles, steps, _programs(a.device))
+    # Split-K: programs store their parts next to each other, and a second kernel adds them. Atomic
+    # additions would save the memory and make every run round differently.
     parts = out
     if splits > 1:
-        assert end == "add"
+        assert epilogue == "add"
         assert out is not None
-        end, parts = "store", torch.empty((splits, M, N), dtype=out.dtype, device=out.device)
+        epilogue, parts = "store", torch.empty((splits, M, N), dtype=out.dtype, device=out.device)
     arguments = (
-        a, a_scales, a_total, b, b_scales, b_total, parts, *(quantized or (None, None)),
+        a, a_scales, a_tensor_scale, b, b_scales, b_tensor_scale, parts,
+        *(quantized or (None, None)),
         M, N, K, stride, a_scales.shape[1], cdiv(steps, splits) * block_k,
     )  # fmt: skip
     constants = {
-        "ELEMENT": number.element, "SCALE": number.scale, "SCALED": number.block,
-        "PER_BYTE": number.elements_per_byte, "END": end, "Q": constants_of(quantizer),
-        "PTX": converts_to_e2m1(target), "WHOLE": K % block_k == 0, "GROUP": GROUP, **options,
+        "ELEMENT": number.element, "SCALE": number.scale, "SCALE_BLOCK": number.block,
+        "PER_BYTE": number.elements_per_byte, "EPILOGUE": epilogue, "Q": constants_of(quantizer),
+        "PTX": has_e2m1_conversion(target), "EVEN_K": K % block_k == 0, "GROUP": GROUP, **options,
     }  # fmt: skip
-    if target != INTERPRETER and current_recorder() is None:
+    # never multiplied in another arithmetic without a word; compiled, and looked at, once a kernel
+    if target != GENERIC and current_recorder() is None:
         require_block_scale(Launch(matmul_kernel, arguments, constants), fmt, target)
     launch(matmul_kernel, (tiles, splits), *arguments, **constants)
     if splits > 1:
         assert out is not None
-        options = config("gemm.sum", target)
+        options = SUM.choose(out)
         grid = (cdiv(M * N, options["BLOCK"]),)
         launch(sum_kernel, grid, parts, out, M * N, SPLITS=splits, **options)
 
 
 @torch.library.custom_op("mxfp4::matmul", mutates_args=())
 def matmul_op(
-    a: Tensor, a_scales: Tensor, a_total: Tensor | None,
-    b: Tensor, b_scales: Tensor, b_total: Tensor | None, fmt: str, dtype: torch.dtype,
+    a: Tensor, a_scales: Tensor, a_tensor_scale: Tensor | None,
+    b: Tensor, b_scales: Tensor, b_tensor_scale: Tensor | None, fmt: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """`matmul` on the tensors of its operands."""
     out = torch.empty((a.shape[0], b.shape[0]), dtype=dtype, device=a.device)
-    _multiply(a, a_scales, a_total, b, b_scales, b_total, fmt, "store", out)
+    _multiply(a, a_scales, a_tensor_scale, b, b_scales, b_tensor_scale, fmt, "store", out)
     return out
 
 
 @matmul_op.register_fake
 def _(
-    a: Tensor, a_scales: Tensor, a_total: Tensor | None,
-    b: Tensor, b_scales: Tensor, b_total: Tensor | None, fmt: str, dtype: torch.dtype,
+    a: Tensor, a_scales: Tensor, a_tensor_scale: Tensor | None,
+    b: Tensor, b_scales: Tensor, b_tensor_scale: Tensor | None, fmt: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
 
 
 @torch.library.custom_op("mxfp4::matmul_add_", mutates_args=("out",))
 def matmul_add_op(
-    out: Tensor, a: Tensor, a_scales: Tensor, a_total: Tensor | None,
-    b: Tensor, b_scales: Tensor, b_total: Tensor | None, fmt: str, splits: int,
+    out: Tensor, a: Tensor, a_scales: Tensor, a_tensor_scale: Tensor | None,
+    b: Tensor, b_scales: Tensor, b_tensor_scale: Tensor | None, fmt: str, splits: int,
 ) -> None:  # fmt: skip
     """`matmul_add_` on the tensors of its operands."""
-    _multiply(a, a_scales, a_total, b, b_scales, b_total, fmt, "add", out, splits)
+    _multiply(a, a_scales, a_tensor_scale, b, b_scales, b_tensor_scale, fmt, "add", out, splits)
 
 
 @matmul_add_op.register_fake
 def _(
-    out: Tensor, a: Tensor, a_scales: Tensor, a_total: Tensor | None,
-    b: Tensor, b_scales: Tensor, b_total: Tensor | None, fmt: str, splits: int,
+    out: Tensor, a: Tensor, a_scales: Tensor, a_tensor_scale: Tensor | None,
+    b: Tensor, b_scales: Tensor, b_tensor_scale: Tensor | None, fmt: str, splits: int,
 ) -> None:  # fmt: skip
     return None
 
 
 @torch.library.custom_op("mxfp4::matmul_relu2", mutates_args=())
 def matmul_relu2_op(
-    a: Tensor, a_scales: Tensor, a_total: Tensor | None,
-    b: Tensor, b_scales: Tensor, b_total: Tensor | None, fmt: str, quantizer: str, keep: bool,
+    a: Tensor, a_scales: Tensor, a_tensor_scale: Tensor | None,
+    b: Tensor, b_scales: Tensor, b_tensor_scale: Tensor | None,
+    fmt: str, quantizer: str, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Codes, scales, and the activation itself (of nothing unless `keep`)."""
+    """Codes, scales, and the activation itself (empty unless `keep`)."""
     M, N = a.shape[0], b.shape[0]
     codes, scales = empty_outputs(a, quantizer, M, N)
     post = torch.empty((M, N) if keep else 0, dtype=torch.bfloat16, device=a.device)
     _multiply(
-        a, a_scales, a_total, b, b_scales, b_total, fmt, "relu2", post if keep else None,
-        quantized=(codes, scales), quantizer=quantizer,
+        a, a_scales, a_tensor_scale, b, b_scales, b_tensor_scale, fmt, "relu2",
+        post if keep else None, quantized=(codes, scales), quantizer=quantizer,
     )  # fmt: skip
     return codes, scales, post
 
 
 @matmul_relu2_op.register_fake
 def _(
-    a: Tensor, a_scales: Tensor, a_total: Tensor | None,
-    b: Tensor, b_scales: Tensor, b_total: Tensor | None, fmt: str, quantizer: str, keep: bool,
+    a: Tensor, a_scales: Tensor, a_tensor_scale: Tensor | None,
+    b: Tensor, b_scales: Tensor, b_tensor_scale: Tensor | None,
+    fmt: str, quantizer: str, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     M, N = a.shape[0], b.shape[0]
     post = a.new_empty((M, N) if keep else 0, dtype=torch.bfloat16)

@@ -9,12 +9,10 @@ import re
 from typing import Any
 
 import torch
-import triton
-from triton.errors import TritonError
-from triton.runtime.interpreter import InterpretedFunction
 
 from nanochat.kernels.aot import compile_for
 from nanochat.kernels.launch import Launch
+from nanochat.kernels.optional_triton import TritonError, triton
 
 MATRIX_PRODUCT = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]+")
 BLOCK_SCALE = ".block_scale"
@@ -41,6 +39,7 @@ def require_block_scale(launch: Launch, fmt: str, target: str) -> str:
     Compiled once for each kernel, its constants and target.
     Raises  NotNativeError naming target, Triton version and what was found instead.
     """
+    # Only types enter the key: a training run compiles each kernel once, whatever its sizes.
     kinds = tuple(
         x.dtype if isinstance(x, torch.Tensor) else SIZE if isinstance(x, int) else x
         for x in launch.arguments
@@ -60,7 +59,8 @@ def require_block_scale(launch: Launch, fmt: str, target: str) -> str:
 def _compiled_products(
     kernel: Any, kinds: tuple[Any, ...], constants: tuple[tuple[str, Any], ...], target: str
 ) -> tuple[str, ...]:
-    if isinstance(kernel, InterpretedFunction):
+    """Matrix instructions of a kernel, or one phrase that says why there are none."""
+    if isinstance(kernel, triton.runtime.interpreter.InterpretedFunction):
         return ("the interpreter (TRITON_INTERPRET is set)",)
     arguments = (torch.empty(0, dtype=k) if isinstance(k, torch.dtype) else k for k in kinds)
     launch = Launch(kernel, tuple(arguments), dict(constants))

@@ -12,20 +12,28 @@ Cost    x read once (rms_norm: once from memory, again from L2), and the codes a
 Error   NaN and infinity become NaN blocks: the kernels cannot raise without stopping the GPU.
 """
 
+from pathlib import Path
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from experiments.mxfp4.formats import FORMATS, Quantizer, ScaledTensor, check_matrix
-from experiments.mxfp4.kernels.blocks import constants_of, store_quantized
-from experiments.mxfp4.kernels.launch import config, converts_to_e2m1, launch, target_of
-from experiments.mxfp4.layout import TILE_ROWS, swizzled_shape
-from nanochat.kernels.launch import cdiv
+from experiments.mxfp4.kernels.blocks import (
+    constants_of,
+    has_e2m1_conversion,
+    store_quantized,
+)
+from experiments.mxfp4.numbers.formats import FORMATS, Quantizer, ScaledTensor, check_matrix
+from experiments.mxfp4.numbers.layout import TILE_ROWS, swizzled_shape
+from nanochat.kernels.launch import Config, architecture_of, cdiv, launch
+from nanochat.kernels.optional_triton import tl, triton
 from nanochat.kernels.relu2_mlp_kernels import activated
 from nanochat.kernels.rms_norm import EPS, as_rows
 
 PROLOGUES = ("none", "relu2", "rms_norm")
+TABLES = Path(__file__).parent / "configs"
+TILE = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 8, "origin": "not measured"}
+TILES = Config("quantize.tiles", TILE, folder=TABLES)
+RMS_NORM = Config("quantize.rms_norm", TILE, folder=TABLES)
 
 
 @triton.jit
@@ -39,18 +47,19 @@ def load_tile(x_ptr, row, column, M, K, x_stride, BLOCK_M: tl.constexpr, BLOCK_K
 @triton.jit
 def store_both(
     x, row_codes_ptr, row_scales_ptr, column_codes_ptr, column_scales_ptr,
-    total_ptr, seed_ptr, signs_ptr, stream, row, column, M, K,
+    tensor_scale_ptr, seed_ptr, signs_ptr, stream, row, column, M, K,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    # x is read from memory once; its transpose is a shuffle through shared memory
     if ROWS is not None:
         store_quantized(
-            x, row_codes_ptr, row_scales_ptr, total_ptr, seed_ptr, signs_ptr, stream,
+            x, row_codes_ptr, row_scales_ptr, tensor_scale_ptr, seed_ptr, signs_ptr, stream,
             row, column, M, K, ROWS, 0, PTX, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     if COLUMNS is not None:
         store_quantized(
-            tl.trans(x), column_codes_ptr, column_scales_ptr, total_ptr, seed_ptr, signs_ptr,
+            tl.trans(x), column_codes_ptr, column_scales_ptr, tensor_scale_ptr, seed_ptr, signs_ptr,
             stream, column, row, K, M, COLUMNS, 1, PTX, BLOCK_K, BLOCK_M,
         )  # fmt: skip
 
@@ -58,17 +67,17 @@ def store_both(
 @triton.jit(do_not_specialize=["stream"])
 def tiles_kernel(
     x_ptr, row_codes_ptr, row_scales_ptr, column_codes_ptr, column_scales_ptr,
-    total_ptr, seed_ptr, signs_ptr, stream, M, K, x_stride,
+    tensor_scale_ptr, seed_ptr, signs_ptr, stream, M, K, x_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RELU2: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_K
     x = load_tile(x_ptr, row, column, M, K, x_stride, BLOCK_M, BLOCK_K).to(tl.float32)
-    if RELU2:
+    if RELU2:  # rounded to the dtype of x, as the unfused operation would have stored it
         x = activated(x).to(x_ptr.dtype.element_ty).to(tl.float32)
     store_both(
         x, row_codes_ptr, row_scales_ptr, column_codes_ptr, column_scales_ptr,
-        total_ptr, seed_ptr, signs_ptr, stream, row, column, M, K,
+        tensor_scale_ptr, seed_ptr, signs_ptr, stream, row, column, M, K,
         ROWS, COLUMNS, PTX, BLOCK_M, BLOCK_K,
     )  # fmt: skip
 
@@ -76,29 +85,33 @@ def tiles_kernel(
 @triton.jit(do_not_specialize=["stream"])
 def rms_norm_kernel(
     x_ptr, row_codes_ptr, row_scales_ptr, column_codes_ptr, column_scales_ptr,
-    total_ptr, seed_ptr, signs_ptr, stream, M, K, x_stride,
+    tensor_scale_ptr, seed_ptr, signs_ptr, stream, M, K, x_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, EPS: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    # A program owns whole rows: once over them for the norm, again, from L2, to quantize.
     row = tl.program_id(0) * BLOCK_M
     squares = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for column in range(0, K, BLOCK_K):
         x = load_tile(x_ptr, row, column, M, K, x_stride, BLOCK_M, BLOCK_K).to(tl.float32)
         squares += x * x
     rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / K + EPS)
-    # to whole tiles of scales: the last programs write the padding
+    # as far as the tiles of scales reach, 128 columns at a time, so that their padding is written
     for column in range(0, tl.cdiv(K, 128) * 128, BLOCK_K):
         x = load_tile(x_ptr, row, column, M, K, x_stride, BLOCK_M, BLOCK_K).to(tl.float32)
         y = (x * rstd).to(x_ptr.dtype.element_ty).to(tl.float32)
         store_both(
             y, row_codes_ptr, row_scales_ptr, column_codes_ptr, column_scales_ptr,
-            total_ptr, seed_ptr, signs_ptr, stream, row, column, M, K,
+            tensor_scale_ptr, seed_ptr, signs_ptr, stream, row, column, M, K,
             ROWS, COLUMNS, PTX, BLOCK_M, BLOCK_K,
         )  # fmt: skip
 
 
 def empty_outputs(x: Tensor, text: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Codes and swizzled scales of (rows, columns), unwritten; of nothing for no quantizer."""
+    """Codes and swizzled scales of (rows, columns), unwritten; empty where there is no quantizer.
+
+    (768, 3072) in mxfp4: codes (768, 1536), scales (6, 24, 512), together 4.25 bits an element.
+    """
     if not text:
         return x.new_empty(0, dtype=torch.uint8), x.new_empty(0, dtype=torch.uint8)
     fmt = FORMATS[Quantizer.parse(text).format]
@@ -118,17 +131,16 @@ def quantize_op(
     x = as_rows(x)
     M, K = x.shape
     outputs = (*empty_outputs(x, rows, M, K), *empty_outputs(x, columns, K, M))
-    target = target_of(x.device)
     constants = {"ROWS": constants_of(rows), "COLUMNS": constants_of(columns),
-                 "PTX": converts_to_e2m1(target)}  # fmt: skip
+                 "PTX": has_e2m1_conversion(architecture_of(x.device))}  # fmt: skip
     arguments = x, *outputs, scale, seed, signs, stream, M, K, x.stride(0)
     down, along = (cdiv(size, TILE_ROWS) * TILE_ROWS for size in (M, K))
     if prologue == "rms_norm":
-        options = config("quantize.rms_norm", target)
+        options = RMS_NORM.choose(x)
         grid = (cdiv(down, options["BLOCK_M"]),)
         launch(rms_norm_kernel, grid, *arguments, EPS=EPS, **constants, **options)
     else:
-        options = config("quantize.tiles", target)
+        options = TILES.choose(x)
         grid = (cdiv(down, options["BLOCK_M"]), cdiv(along, options["BLOCK_K"]))
         launch(tiles_kernel, grid, *arguments, RELU2=prologue == "relu2", **constants, **options)
     return outputs

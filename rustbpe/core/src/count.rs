@@ -1,13 +1,22 @@
 //! Counting the distinct pieces of a stream of texts.
-
-use std::hash::BuildHasher;
+//!
+//! Every thread counts into a table of its own, so none ever waits for a lock; at the end the
+//! tables are added up. Most of a training on an idle machine is spent here, and it is the part
+//! that threads make faster.
 
 use crate::hash::{FastMap, MAX_SHORT, hash_short, short_key, short_word};
-use crate::parallel::{blocks, for_each_task, map_in_threads};
+use crate::parallel::{blocks, for_each_task};
 use crate::split::Split;
 
-/// Work unit of a thread: large against a task's overhead, small against a batch.
+/// Text that a thread takes at a time: about a millisecond of counting. That is much longer than
+/// taking it, and shorter than a scheduler's time slice, so no thread holds up the end of a batch
+/// for long.
 const BLOCK_BYTES: usize = 1 << 18;
+
+/// A thread is started for each so many blocks. When other programs keep all processors busy, a new
+/// thread can wait for a time slice of theirs (some milliseconds) before it runs, and the batch ends
+/// only after it has run; with less work than that, one thread is done sooner alone.
+const BLOCKS_PER_THREAD: usize = 4;
 
 /// How often each distinct piece occurred. Memory grows with the distinct pieces, not with the text.
 pub struct WordCounts {
@@ -15,7 +24,7 @@ pub struct WordCounts {
 }
 
 impl WordCounts {
-    /// Counts with `num_threads` threads, at least one.
+    /// Counts with up to `num_threads` threads, at least one.
     pub fn new(num_threads: usize) -> Self {
         assert!(num_threads > 0);
         Self { per_thread: (0..num_threads).map(|_| WordTable::new()).collect() }
@@ -24,7 +33,8 @@ impl WordCounts {
     /// Counts the pieces of all texts.
     pub fn add<S: Split>(&mut self, splitter: &S, texts: &[&str]) -> Result<(), S::Error> {
         let blocks = blocks(texts, BLOCK_BYTES);
-        for_each_task(&mut self.per_thread, blocks.len(), |table, block| {
+        let num_threads = blocks.len().div_ceil(BLOCKS_PER_THREAD).clamp(1, self.per_thread.len());
+        for_each_task(&mut self.per_thread[..num_threads], blocks.len(), |table, block| {
             for text in &texts[blocks[block].clone()] {
                 splitter.split(text, |start, end| {
                     table.add(text.as_bytes(), start, end);
@@ -34,71 +44,27 @@ impl WordCounts {
         })
     }
 
-    /// The pieces in parts of about the same size, one for each thread but at most `max_parts`.
-    pub fn into_parts(self, max_parts: usize) -> Vec<WordPart> {
-        let tables = self.per_thread;
-        let num_parts = tables.len().min(max_parts);
-        let found = map_in_threads(tables.iter().enumerate().collect(), |(thread, table)| {
-            let mut parts: Vec<_> = (0..num_parts).map(|_| Words::default()).collect();
-            let elsewhere = |hash| part_of(hash, num_parts) != thread;
-            for (hash, slot) in table.short_words(elsewhere) {
-                parts[part_of(hash, num_parts)].short.push(*slot);
-            }
-            for (hash, word, count) in table.long_words(elsewhere) {
-                parts[part_of(hash, num_parts)].long.push((word.into(), count));
-            }
-            parts
-        });
-        let mut parts: Vec<_> = tables
-            .into_iter()
-            .take(num_parts)
-            .enumerate()
-            .map(|(number, table)| WordPart { table, number, num_parts, incoming: Vec::new() })
-            .collect();
-        for found in found {
-            parts.iter_mut().zip(found).for_each(|(part, words)| part.incoming.push(words));
-        }
-        parts
-    }
-}
-
-/// Which part has the words of a hash. The low bits, which choose a slot, are left alone.
-fn part_of(hash: u64, num_parts: usize) -> usize {
-    (hash >> 32) as usize % num_parts
-}
-
-/// Words and how often they occurred.
-#[derive(Default)]
-struct Words {
-    short: Vec<Slot>,
-    long: Vec<(Box<[u8]>, u64)>,
-}
-
-/// Some of the distinct pieces.
-pub struct WordPart {
-    /// What one thread counted, also of other parts.
-    table: WordTable,
-    /// What the other threads counted of this part.
-    incoming: Vec<Words>,
-    number: usize,
-    num_parts: usize,
-}
-
-impl WordPart {
-    /// Calls `word(bytes, count)` once for each piece, in no certain order.
+    /// Calls `word(bytes, count)` once for each distinct piece, in no particular order.
+    ///
+    /// One thread adds up the tables: they hold distinct pieces only, and most of the time goes into
+    /// memory touched for the first time, which threads do not make faster.
     pub fn into_words(self, mut word: impl FnMut(&[u8], u64)) {
-        let mut table = self.table;
-        for words in self.incoming {
-            words.short.iter().for_each(|slot| table.add_short(slot.key, slot.count));
-            words.long.iter().for_each(|(word, count)| table.add_long(word, *count));
+        let mut tables = self.per_thread.into_iter();
+        let mut all = tables.next().expect("at least one thread");
+        for table in tables {
+            for slot in table.short_words() {
+                all.add_short(slot.key, slot.count);
+            }
+            for (bytes, count) in table.long {
+                all.add_long(&bytes, count);
+            }
         }
-        let is_here = |hash| part_of(hash, self.num_parts) == self.number;
-        for (_, slot) in table.short_words(is_here) {
+        for slot in all.short_words() {
             let (bytes, len) = short_word(slot.key);
             word(&bytes[..len], slot.count);
         }
-        for (_, bytes, count) in table.long_words(is_here) {
-            word(bytes, count);
+        for (bytes, count) in all.long {
+            word(&bytes, count);
         }
     }
 }
@@ -111,7 +77,9 @@ struct Slot {
 }
 
 /// Short words in open addressing with linear probing, the few long ones in a map of their own.
-/// Tables of two threads are never in one cache line, nor in two that are fetched together.
+///
+/// The alignment keeps the fields of two threads' tables out of one cache line, and out of two that
+/// the processor fetches together; otherwise each count would invalidate the other thread's cache.
 #[repr(align(128))]
 struct WordTable {
     short: Vec<Slot>,
@@ -177,55 +145,94 @@ impl WordTable {
         }
     }
 
-    /// Those of the short words whose hash is wanted, with it.
-    fn short_words(&self, wanted: impl Fn(u64) -> bool) -> impl Iterator<Item = (u64, &Slot)> {
-        let words = self.short.iter().filter(|slot| slot.count > 0);
-        words.map(|slot| (hash_short(slot.key), slot)).filter(move |word| wanted(word.0))
-    }
-
-    /// Those of the long words whose hash is wanted, with it.
-    fn long_words(&self, wanted: impl Fn(u64) -> bool) -> impl Iterator<Item = (u64, &[u8], u64)> {
-        let hash = |word: &[u8]| self.long.hasher().hash_one(word);
-        let words = self.long.iter().map(move |(word, &count)| (hash(word), &word[..], count));
-        words.filter(move |word| wanted(word.0))
+    fn short_words(&self) -> impl Iterator<Item = &Slot> {
+        self.short.iter().filter(|slot| slot.count > 0)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, HashSet};
+    use std::convert::Infallible;
+    use std::sync::Mutex;
+    use std::thread::{self, ThreadId};
+    use std::time::Duration;
 
     use super::*;
     use crate::split::Gpt4Split;
 
-    fn counts(
-        texts: &[&str],
-        num_threads: usize,
-        batch: usize,
-        max_parts: usize,
-    ) -> BTreeMap<Vec<u8>, u64> {
+    /// Splits, notes which threads do, and makes some of them slow.
+    struct SlowSplit {
+        threads: Mutex<HashSet<ThreadId>>,
+        is_slow: fn(bool) -> bool,
+        caller: ThreadId,
+    }
+
+    impl SlowSplit {
+        /// `is_slow` gets whether the thread is the calling one.
+        fn new(is_slow: fn(bool) -> bool) -> Self {
+            Self { threads: Mutex::default(), is_slow, caller: thread::current().id() }
+        }
+    }
+
+    impl Split for SlowSplit {
+        type Error = Infallible;
+
+        fn split(&self, text: &str, piece: impl FnMut(usize, usize)) -> Result<(), Infallible> {
+            let thread = thread::current().id();
+            self.threads.lock().unwrap().insert(thread);
+            if (self.is_slow)(thread == self.caller) {
+                thread::sleep(Duration::from_millis(20));
+            }
+            Gpt4Split::new(2).split(text, piece)
+        }
+    }
+
+    fn counts(texts: &[&str], num_threads: usize, batch: usize) -> BTreeMap<Vec<u8>, u64> {
         let mut words = WordCounts::new(num_threads);
         for batch in texts.chunks(batch) {
             let Ok(()) = words.add(&Gpt4Split::new(2), batch);
         }
         let mut all = BTreeMap::new();
-        for part in words.into_parts(max_parts) {
-            part.into_words(|word, count| assert!(all.insert(word.to_vec(), count).is_none()));
-        }
+        words.into_words(|word, count| assert!(all.insert(word.to_vec(), count).is_none()));
         all
     }
 
     #[test]
-    fn counts_do_not_depend_on_threads_batches_or_parts() {
+    fn counts_do_not_depend_on_threads_or_batches() {
         let long = "incomprehensibilities ".repeat(40_000);
         let many: Vec<String> = (0..9000).map(|i| format!("w{i}x{i} the\u{e9} the")).collect();
         let mut texts: Vec<&str> = many.iter().map(String::as_str).collect();
-        texts.push(&long);
-        let one = counts(&texts, 1, texts.len(), 9);
+        texts.extend([&long[..]; 8]);
+        let one = counts(&texts, 1, texts.len());
         assert_eq!(one[&b" the"[..]], 9000);
-        assert_eq!(one[&b" incomprehensibilities"[..]], 39_999);
-        assert_eq!(counts(&texts, 3, 17, 1), one);
-        assert_eq!(counts(&texts, 3, 17, 9), one);
-        assert_eq!(counts(&texts, 3, 17, 2), one);
+        assert_eq!(one[&b" incomprehensibilities"[..]], 8 * 39_999);
+        for num_threads in [2, 3, 9] {
+            assert_eq!(counts(&texts, num_threads, texts.len()), one);
+            assert_eq!(counts(&texts, num_threads, 17), one);
+        }
+    }
+    #[test]
+    fn slow_threads_change_nothing() {
+        let words: Vec<String> = (0..20_000).map(|i| format!(" word{}", i % 700)).collect();
+        let texts = vec![words.concat(); 24];
+        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+        let one = counts(&texts, 1, texts.len());
+        for is_slow in [|is_caller: bool| is_caller, |is_caller: bool| !is_caller] {
+            let splitter = SlowSplit::new(is_slow);
+            let mut words = WordCounts::new(3);
+            let Ok(()) = words.add(&splitter, &texts);
+            let mut all = BTreeMap::new();
+            words.into_words(|word, count| assert!(all.insert(word.to_vec(), count).is_none()));
+            assert_eq!(all, one);
+        }
+    }
+
+    #[test]
+    fn little_text_is_counted_by_the_calling_thread() {
+        let text = "a few words ".repeat(BLOCK_BYTES / 12 + 1);
+        let splitter = SlowSplit::new(|is_caller| is_caller);
+        let Ok(()) = WordCounts::new(9).add(&splitter, &[&text[..]; BLOCKS_PER_THREAD]);
+        assert_eq!(splitter.threads.into_inner().unwrap(), HashSet::from([splitter.caller]));
     }
 }

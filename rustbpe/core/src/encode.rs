@@ -157,7 +157,7 @@ impl Encoder {
         self.rank_of_bytes[(pair[0] as usize) << 8 | pair[1] as usize]
     }
 
-    /// Looks for the lowest rank anew after each merge.
+    /// Searches all pairs for the lowest rank after each merge.
     fn merge_by_scan(&self, piece: &[u8], out: &mut Vec<u32>) {
         let mut ids = [0; MAX_SCAN];
         let mut ranks = [NO_RANK; MAX_SCAN]; // of the pair that begins there

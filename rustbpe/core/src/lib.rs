@@ -9,6 +9,7 @@ mod count;
 mod encode;
 mod hash;
 mod parallel;
+mod quota;
 mod split;
 mod train;
 mod unicode;
@@ -18,6 +19,7 @@ mod vocab;
 
 pub use count::WordCounts;
 pub use encode::{Encoded, Encoder};
+pub use quota::cpu_quota;
 pub use split::{Gpt4Split, Split};
 pub use train::{Merge, TieBreak, TrainError, train};
 pub use vocab::{Vocab, VocabError};

@@ -1,13 +1,18 @@
 //! Sharing work between threads.
+//!
+//! Nothing here spins or waits for a particular thread: whoever runs takes the next task. A thread
+//! that gets no processor, because other programs are busy, there are more threads than processors
+//! or a container has used up its quota, takes no task and is missed by no one. A thread that loses
+//! its processor within a task delays the end by that task alone, so tasks should be short.
 
 use std::ops::Range;
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::{hint, thread};
+use std::thread;
 
 /// Calls `work(state, task)` once for each task below `num_tasks`, with as many threads as there
-/// are states, the calling thread with the first one. The first error stops all.
+/// are states; the calling thread is the first one. After an error no further task begins, and the
+/// error of the first state that has one is returned.
 pub fn for_each_task<S: Send, E: Send>(
     states: &mut [S],
     num_tasks: usize,
@@ -26,6 +31,7 @@ pub fn for_each_task<S: Send, E: Send>(
             }
         }
     };
+    // More threads than tasks would only be started and joined.
     let (first, others) = states.split_first_mut().expect("at least one thread");
     thread::scope(|scope| {
         let others = others.iter_mut().take(num_tasks.saturating_sub(1));
@@ -36,78 +42,6 @@ pub fn for_each_task<S: Send, E: Send>(
         })
     })
 }
-
-/// Calls `work` with each item, all at once: in threads, the first in the calling one.
-pub fn map_in_threads<T: Send, R: Send>(items: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
-    let work = &work;
-    let mut items = items.into_iter();
-    let Some(first) = items.next() else { return Vec::new() };
-    thread::scope(|scope| {
-        let others: Vec<_> = items.map(|item| scope.spawn(move || work(item))).collect();
-        let mut results = vec![work(first)];
-        let join = |thread: thread::ScopedJoinHandle<_>| thread.join();
-        results
-            .extend(others.into_iter().map(join).map(|r| r.unwrap_or_else(|p| resume_unwind(p))));
-        results
-    })
-}
-
-/// Threads that wait for work so short that waking a thread would take longer.
-pub struct Helpers<T>(Vec<(Sender<T>, Receiver<T>)>);
-
-impl<T> Helpers<T> {
-    /// Gives a helper an item.
-    pub fn start(&self, number: usize, item: T) {
-        self.0[number].0.send(item).expect("a helper has ended");
-    }
-
-    /// The item that was given to a helper, worked on.
-    pub fn finish(&self, number: usize) -> T {
-        receive(&self.0[number].1).expect("a helper has ended")
-    }
-}
-
-/// Calls `body` with `num` helpers that call `work`.
-pub fn with_helpers<T: Send, R>(
-    num: usize,
-    work: impl Fn(&mut T) + Sync,
-    body: impl FnOnce(&Helpers<T>) -> R,
-) -> R {
-    let work = &work;
-    thread::scope(|scope| {
-        let helper = |_| {
-            let (sender, items) = channel();
-            let (results, receiver) = channel();
-            scope.spawn(move || {
-                while let Some(mut item) = receive(&items) {
-                    work(&mut item);
-                    if results.send(item).is_err() {
-                        return;
-                    }
-                }
-            });
-            (sender, receiver)
-        };
-        let helpers = Helpers((0..num).map(helper).collect());
-        let result = body(&helpers);
-        drop(helpers);
-        result
-    })
-}
-
-/// The next item, looked for awhile before the thread sleeps. None if there will be none.
-fn receive<T>(receiver: &Receiver<T>) -> Option<T> {
-    for _ in 0..SPINS {
-        if let Ok(item) = receiver.try_recv() {
-            return Some(item);
-        }
-        hint::spin_loop();
-    }
-    receiver.recv().ok()
-}
-
-/// About a millisecond: more than the time between two shared merges, as long as there are many.
-const SPINS: usize = 20_000;
 
 /// Consecutive ranges of `texts` of about `block_bytes` each: the tasks of [`for_each_task`].
 pub fn blocks<T: AsRef<str>>(texts: &[T], block_bytes: usize) -> Vec<Range<usize>> {
@@ -125,6 +59,10 @@ pub fn blocks<T: AsRef<str>>(texts: &[T], block_bytes: usize) -> Vec<Range<usize
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+    use std::sync::mpsc::{Receiver, channel};
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -146,21 +84,36 @@ mod tests {
     }
 
     #[test]
-    fn helpers_work_on_what_they_are_given() {
-        assert_eq!(map_in_threads(vec![2, 3, 4], |i| i * i), [4, 9, 16]);
-        let sums: Vec<Vec<usize>> = with_helpers(
-            2,
-            |item| *item *= 10,
-            |helpers| {
-                let rounds = (0..1000).map(|i| {
-                    helpers.start(0, i);
-                    helpers.start(1, i + 1);
-                    vec![helpers.finish(0), helpers.finish(1)]
-                });
-                rounds.collect()
-            },
-        );
-        assert!((0..1000).all(|i| sums[i] == [10 * i, 10 * i + 10]));
+    fn a_slow_thread_holds_up_only_its_own_task() {
+        // A helper that lost its processor within its first task: it gets it back when the calling
+        // thread has done all others. If that one waited instead, or left a share to the helper,
+        // neither would ever end.
+        const NUM_TASKS: usize = 100;
+        let caller = thread::current().id();
+        let (has_begun, begun) = channel();
+        let (is_done, done) = channel();
+        let (begun, done) = (Mutex::new(begun), Mutex::new(done));
+        let num_done = AtomicUsize::new(0);
+        let wait = |receiver: &Mutex<Receiver<()>>| {
+            let minute = Duration::from_secs(60);
+            receiver.lock().unwrap().recv_timeout(minute).expect("the other thread gets there");
+        };
+        let mut states = [Vec::new(), Vec::new()];
+        let result: Result<(), ()> = for_each_task(&mut states, NUM_TASKS, |seen, task| {
+            if thread::current().id() != caller {
+                has_begun.send(()).unwrap();
+                wait(&done);
+            } else if seen.is_empty() {
+                wait(&begun);
+            }
+            seen.push(task);
+            if num_done.fetch_add(1, Ordering::Relaxed) + 2 == NUM_TASKS {
+                is_done.send(()).unwrap();
+            }
+            Ok(())
+        });
+        assert_eq!(result, Ok(()));
+        assert_eq!(states.map(|seen| seen.len()), [NUM_TASKS - 1, 1]);
     }
 
     #[test]

@@ -108,7 +108,7 @@ impl Gpt4Split {
         at
     }
 
-    /// End of the punctuation that begins at `at`, with the line breaks behind it.
+    /// End of the punctuation that begins at `at`, with the line breaks after it.
     #[inline(always)]
     fn punctuation(&self, text: &str, at: usize) -> usize {
         let mut end = self.run(text, at, Class::Other);
@@ -133,7 +133,7 @@ impl Gpt4Split {
     }
 
     /// White space up to its last line break; without one, all of it at the end of the text; else
-    /// all but the last character, which may belong to the word behind, unless it is the only one.
+    /// all but the last character, which may belong to the word that follows, unless it is the only one.
     fn white_space(&self, text: &str, start: usize) -> usize {
         let (mut end, mut last, mut line_end) = (start, start, None);
         while end < text.len() {
@@ -170,16 +170,16 @@ impl Gpt4Split {
         {
             return next + len;
         }
-        let class_behind = match next < text.len() {
+        let next_class = match next < text.len() {
             true => self.class_at(text, next).0,
             false => Class::Space,
         };
-        if class_behind == Class::Letter && !is_line_break(first) {
+        if next_class == Class::Letter && !is_line_break(first) {
             return self.letters(text, next);
         }
         match class {
             Class::Other => self.punctuation(text, next),
-            _ if first == b' ' && class_behind == Class::Other => self.punctuation(text, next),
+            _ if first == b' ' && next_class == Class::Other => self.punctuation(text, next),
             _ => self.white_space(text, start),
         }
     }
@@ -216,14 +216,14 @@ fn is_line_break(byte: u8) -> bool {
     byte == b'\r' || byte == b'\n'
 }
 
-/// Length of the English ending behind an apostrophe: `(?i:[sdmt]|ll|ve|re)`.
-fn contraction(behind: &[u8]) -> Option<usize> {
+/// Length of the English ending after an apostrophe: `(?i:[sdmt]|ll|ve|re)`.
+fn contraction(rest: &[u8]) -> Option<usize> {
     const LONG_S: [u8; 2] = [0xC5, 0xBF]; // U+017F, an `s` to (?i)
-    let lower = |at: usize| behind.get(at).map(u8::to_ascii_lowercase);
+    let lower = |at: usize| rest.get(at).map(u8::to_ascii_lowercase);
     match (lower(0)?, lower(1)) {
         (b's' | b'd' | b'm' | b't', _) => Some(1),
         (b'l', Some(b'l')) | (b'v' | b'r', Some(b'e')) => Some(2),
-        _ if behind.starts_with(&LONG_S) => Some(LONG_S.len()),
+        _ if rest.starts_with(&LONG_S) => Some(LONG_S.len()),
         _ => None,
     }
 }

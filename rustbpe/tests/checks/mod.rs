@@ -36,7 +36,8 @@ pub fn check_split(pattern: &str, regex: &Regex, text: &str) {
     assert_eq!(pieces(&splitter, text), found.collect::<Vec<_>>(), "{text:?}");
 }
 
-/// Merges are those of counting anew after each, and encoding is merging anew after each.
+/// Merges are those of counting all pairs again after each merge, and encoding is that of searching
+/// all pairs again after each merge.
 pub fn check_train_and_encode(text: &str) {
     let splitter = Gpt4Split::new(2);
     for tie_break in [TieBreak::RustBpe, TieBreak::HuggingFace] {
@@ -83,7 +84,7 @@ fn check_encode(vocab: Vocab, text: &str) {
     assert_eq!(encoder.vocab().decode(&one).expect("they are tokens"), text.as_bytes());
 }
 
-/// The most frequent pair of a table made anew each time.
+/// Counts all pairs again after each merge, and takes the most frequent one.
 fn slow_merges(pieces: &[&str], tie_break: TieBreak) -> Vec<Merge> {
     let mut words: Vec<Vec<u32>> =
         pieces.iter().map(|piece| piece.bytes().map(u32::from).collect()).collect();

@@ -1,0 +1,240 @@
+"""What the four training scripts do alike around the loops they keep.
+
+runtime, stop, kernels = session.launch(settings)
+run = Session(...)                 optimizers, resumed state, records
+while True:                        the loop: it stays in the script
+    ...
+    run.log_step(train_step(...), ...)
+run.finish(last)
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from nanochat import stages
+from nanochat.common import Runtime, StopRequest, print0, setup_training
+from nanochat.gpt import GPT
+from nanochat.kernels.registry import Choice, format_choices, select
+from nanochat.optim import schedule
+from nanochat.optim.muon import COEFFICIENTS
+from nanochat.profiler.throughput import Meter, console_line, peak_memory_gib
+from nanochat.settings import (
+    Choices,
+    Count,
+    CountOrMinusOne,
+    CountOrZero,
+    Device,
+    NonNegative,
+    Seed,
+)
+from nanochat.text.tokenizer_base import Tokenizer
+from nanochat.tracking import Tracker
+from nanochat.train.run import TrainState, choices_record, device_peaks, find_resume
+from nanochat.train.step import StepResult, set_rates
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Settings of every training script; a stage declares a field again to change its default."""
+
+    run: str = "dummy"  # name of the wandb run; "dummy" does not use wandb
+    tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
+    device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
+    num_iterations: CountOrMinusOne = -1  # optimizer steps; -1 derives them
+    device_batch_size: Count = 32  # sequences a device holds at once; lower it when out of memory
+    embedding_lr: NonNegative = 0.2  # AdamW rate of the embedding at width 768
+    unembedding_lr: NonNegative = 0.004  # AdamW rate of the head at width 768
+    matrix_lr: NonNegative = 0.02  # Muon rate of the matrices
+    newton_schulz: Annotated[str, Choices(COEFFICIENTS)] = "muon"  # Muon's Newton-Schulz polynomial
+    weight_decay: NonNegative = 0.0  # decoupled decay of embedding and head
+    grad_clip: NonNegative = 0.0  # largest global gradient norm; 0 does not clip
+    eval_every: CountOrMinusOne = 250  # steps between validations; -1 validates only at the end
+    save_every: CountOrMinusOne = -1  # steps between checkpoints; -1 saves only at the end
+    keep_last: CountOrZero = 2  # newest checkpoints kept; 0 keeps all
+    model_tag: str = ""  # folder of the checkpoints; empty is the parent model's
+    resume: bool = False  # continue from the newest checkpoint of the tag, if there is one
+    resume_from: str = ""  # continue from this checkpoint: file, folder, tag or step
+    kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
+    verbose: bool = False  # print why each operation runs as it does
+    seed: Seed = 42  # of everything random
+
+
+def launch(settings: TrainingSettings) -> tuple[Runtime, StopRequest, list[Choice]]:
+    """Join the ranks, listen for signals, choose the kernels and print them."""
+    runtime = setup_training(settings.device, settings.seed)
+    stop = StopRequest()
+    kernels = select(settings.kernels, runtime.device, runtime.dtype)
+    print0(format_choices(kernels, settings.verbose))
+    return runtime, stop, kernels
+
+
+class Session:
+    """An open run: optimizers, state resumed where that is asked for, records.
+
+    stage            of stages.STAGES
+    tag              folder of the checkpoints
+    tokens_per_step  of all devices together; the loop may set it anew on the meter
+    record           for the checkpoints and the records
+    init_lr_frac     share of the settings' rates
+    wandb_run        name of the wandb run, where it is not settings.run
+    Raises  ValueError for a bad tag or a checkpoint that does not fit, before anything is written.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        tag: str,
+        model: GPT,
+        tokenizer: Tokenizer,
+        settings: TrainingSettings,
+        runtime: Runtime,
+        kernels: list[Choice],
+        *,
+        tokens_per_step: int,
+        num_iterations: int,
+        record: Mapping[str, Any],
+        init_lr_frac: float = 1.0,
+        wandb_run: str = "",
+    ) -> None:
+        self.settings = settings
+        self.runtime = runtime
+        self.num_iterations = num_iterations
+        self.meter = Meter(
+            tokens_per_step,
+            model.estimate_flops(causal=True),
+            model.estimate_flops(causal=False),
+            device_peaks(runtime),
+            runtime.world_size,
+            num_iterations,
+        )
+        optimizers = model.setup_optimizers(
+            settings.embedding_lr * init_lr_frac,
+            settings.unembedding_lr * init_lr_frac,
+            settings.matrix_lr * init_lr_frac,
+            settings.weight_decay,
+            distributed=runtime.world_size > 1,
+            newton_schulz=settings.newton_schulz,
+        )
+        header = {"kernels": choices_record(kernels), **record}
+        meta = {"settings": asdict(settings), **header}
+        meta["tokenizer_fingerprint"] = tokenizer.fingerprint()
+        stage = stages.get(stage).name
+        self.state = TrainState(model, optimizers, self.meter, stage, tag, meta)
+        resumed = find_resume(stage, tag, settings.resume, settings.resume_from, runtime.base_dir)
+        if resumed is not None:
+            self.state.restore(resumed, runtime)
+        self.tracker = Tracker(
+            self.state.directory(runtime),
+            runtime,
+            stage,
+            settings,
+            run=wandb_run or settings.run,
+            resume_step=None if resumed is None else self.state.step,
+            header=header | {"kernel_reasons": reasons_record(kernels)},
+        )
+        self.started = time.perf_counter()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
+
+    @property
+    def is_last(self) -> bool:
+        """Whether every step is done: what remains is to save and to evaluate."""
+        return self.state.step >= self.num_iterations
+
+    def log_plan(self, **values: object) -> None:
+        """What this run is going to do, for the console and the records."""
+        self.tracker.log("plan", self.step, **values)
+        print0(" | ".join(f"{name} {value}" for name, value in values.items()))
+
+    def log(self, kind: str, text: str, **values: object) -> None:
+        """A result at this step: `text` for the console, the values for the records."""
+        self.tracker.log(kind, self.step, **values)
+        print0(f"step {self.step:05d} | {text}")
+
+    def set_rates(self, lr_scale: float) -> None:
+        """Scale every rate, and set Muon's momentum to this step's."""
+        set_rates(self.state.optimizers, lr_scale, schedule.muon_momentum(self.step))
+
+    def log_step(
+        self, result: StepResult, begun: float, lr_scale: float, note: str = "", **more: float
+    ) -> None:
+        """Record one optimizer step, print its line, and count it.
+
+        begun  time.perf_counter() before its first batch; reading the loss waits for the device.
+        note   further text of the console line; more are further values of the record.
+        """
+        loss, grad_norm = result.loss.item(), result.grad_norm.item()
+        values = self.meter.update(self.step, loss, time.perf_counter() - begun)
+        values |= {"grad_norm": grad_norm, "lr_scale": lr_scale, **more}
+        values |= {"memory_gib": peak_memory_gib(self.runtime)}
+        self.tracker.log("train", self.step, **values)
+        line = console_line(self.step, self.num_iterations, values)
+        print0(f"{line} | {note}" if note else line)
+        self.state.check_finite(loss, grad_norm, self.runtime)
+        self.state.step += 1
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, once."""
+        self.state.save(self.runtime, self.settings.keep_last)
+
+    def finish(self, stopped_by: StopRequest | None, **values: object) -> None:
+        """End: the "end" record; or, where a signal ended the loop early, a checkpoint.
+
+        values  of the record
+        """
+        if stopped_by is None:
+            self.tracker.log(
+                "end",
+                self.step,
+                wall_seconds=time.perf_counter() - self.started,
+                train_seconds=self.meter.seconds,
+                peak_memory_gib=peak_memory_gib(self.runtime),
+                **values,
+            )
+            print0(f"done: {self.state.directory(self.runtime)}")
+        else:
+            self.save()
+            print0(f"{stopped_by.name}: saved step {self.step}; continue with --resume")
+        self.tracker.close()
+        self.runtime.close()
+        if stopped_by is not None:
+            sys.exit(stopped_by.exit_code)
+
+
+class Batches(Protocol):
+    """A loader: batches with inputs and targets, endlessly."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def close(self) -> None:
+        """Let go of files and threads."""
+        ...
+
+
+def first_batches(batches: Batches, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(inputs, targets) of the first `count` batches of a loader, which is closed after them."""
+    try:
+        for batch in itertools.islice(batches, count):
+            yield batch.inputs, batch.targets
+    finally:
+        batches.close()
+
+
+def compiled(model: GPT, wanted: bool) -> torch.nn.Module:
+    """The model to run forward and backward; parameters and checkpoints stay the plain model's."""
+    return cast(torch.nn.Module, torch.compile(model, dynamic=False)) if wanted else model
+
+
+def reasons_record(choices: list[Choice]) -> dict[str, dict[str, str]]:
+    """operation -> why its implementation runs, and why each other one does not."""
+    return {c.op: {c.implementation: c.reason, **c.refused} for c in choices}
