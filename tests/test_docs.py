@@ -8,12 +8,12 @@ import io
 import re
 import shlex
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
 
-from dev import scripts_reference
+from dev import house, scripts_reference
 from nanochat import configurator, scaling
 from nanochat.kernels.registry import operations
 from tests.support.runs import ROOT, run_here
@@ -174,7 +174,9 @@ def targets(name: str) -> Iterable[str]:
         if "://" not in target:
             yield (here / target).resolve().relative_to(ROOT).as_posix()
     if name not in RECORDS:
-        yield from re.findall(rf"`((?:{FOLDERS})/[\w./-]*\.(?:py|sh|md|json|toml|rs|html))`", text)
+        found = re.findall(rf"`((?:{FOLDERS})/[\w./-]*\.(?:py|sh|md|json|toml|rs|html))`", text)
+        # NAME stands for any name, and the file of the walk through a kernel is the reader's
+        yield from (f for f in found if "NAME" not in f and f != "nanochat/kernels/squared_relu.py")
 
 
 def test_linked_and_named_files_exist() -> None:
@@ -221,26 +223,24 @@ def test_the_chinese_readme_has_the_same_parts() -> None:
         assert chinese[part] == english[part], f"README.zh-CN.md differs in its {part}"
 
 
-def generators() -> dict[str, Callable[[str], str]]:
-    """The modules of dev/ that write a part of a document, each with its function text -> text."""
-    found = {}
+def generated() -> Iterable[tuple[str, Path, Callable[[str], str]]]:
+    """Each module of dev/ that writes a part of a document: (name, document, text -> text)."""
+    for package in (house.PACKAGE, *house.experiments().values()):
+        yield "house", house.document(package), partial(house.with_tables, package=package)
     for name in sorted(path.stem for path in (ROOT / "dev").glob("*.py")):
         module = importlib.import_module(f"dev.{name}")
-        if hasattr(module, "DOCUMENT"):
-            found[name] = next(f for n, f in vars(module).items() if n.startswith("with_table"))
-    return found
+        if hasattr(module, "with_table"):
+            yield name, module.DOCUMENT, module.with_table
+    page = scripts_reference.OUTPUT
+    yield "scripts_reference", page, lambda text: scripts_reference.reference()
 
 
 def test_generated_parts_are_fresh() -> None:
-    found = generators()
-    assert "house" in found
     offenders = []
-    for name, with_table in found.items():
-        text = importlib.import_module(f"dev.{name}").DOCUMENT.read_text(encoding="utf-8")
-        if text != with_table(text):
-            offenders.append(f"run python -m dev.{name} --write")
-    if read("docs/scripts_reference.md") != scripts_reference.reference():
-        offenders.append("run python -m dev.scripts_reference --write")
+    for name, document, renewed in generated():
+        text = document.read_text(encoding="utf-8")
+        if text != renewed(text):
+            offenders.append(f"{document.name}: run python -m dev.{name} --write")
     assert not offenders, "\n".join(offenders)
 
 
