@@ -131,7 +131,7 @@ train() {
     [ "$parent_flag" = - ] || arguments+=("--$parent_flag=$parent_folder/$tag/latest.pt")
     is_done "$script" "$output" || forget_models_after "$model"
     once "$script" "$output" \
-        on_gpus "$script" "$folder/$script.py" "${arguments[@]}" --model_tag="$tag" --resume
+        on_gpus "$script" "$folder/$script.py" ${arguments[@]+"${arguments[@]}"} --model_tag="$tag" --resume
     parent=$model
     parent_folder=$models
     for evaluation in ${7//,/ }; do

@@ -159,7 +159,7 @@ def _choose_device(device: str) -> torch.device:
         raise ValueError(f"device {device!r} is unknown; choose auto, {', '.join(available)}")
     if not available[device]:
         raise ValueError(
-            f"device {device!r} was asked for but torch {torch.__version__} finds none; "
+            f"device {device!r} was asked for, but torch {torch.__version__} finds none; "
             "use --device=cpu, or check the driver with nvidia-smi"
         )
     return torch.device(device)

@@ -1,6 +1,14 @@
 """The GPT: rotary positions, QK-norm, grouped queries, ReLU^2 MLP, RMSNorm without weights,
 untied head, softcapped logits. Every operation goes through its `Op`.
 
+A token's way, for d12 (C 768, H 6, Hkv 6, D 128, V 65536) with B 8 and T 2048:
+
+    ids (8, 2048) -> wte, norm -> x (8, 2048, 768)
+    12 blocks: c_qkv -> (8, 2048, 2304) -> q, k, v (8, 2048, 6, 128) -> attention -> c_proj;
+               c_fc -> (8, 2048, 3072), ReLU^2 -> c_proj; both added to x
+    norm -> lm_head -> logits (8, 2048, 65536), 4 GiB in float32, which the fused loss never holds
+    as a whole (kernels/linear_cross_entropy.py)
+
 Letters  B batch, T tokens, S cached positions, H query heads, Hkv key/value heads, D head width,
          C model width, V vocabulary, E = (H + 2 Hkv) D.
 """
@@ -101,7 +109,7 @@ class KVCache:
         self.lengths[slots] = length
 
     def append(self, layer: int, k_BTHD: Tensor, v_BTHD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write T tokens behind each slot's length; returns the layer's whole keys and values."""
+        """Write T tokens after each slot's length; returns the layer's whole keys and values."""
         B, T = k_BTHD.shape[:2]
         rows = torch.arange(B, device=self.lengths.device)[:, None]
         positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)

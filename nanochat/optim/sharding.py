@@ -3,6 +3,11 @@
 A bucket packs pieces of parameters along dim 0. Every rank owns an equal slice of it (the last ones
 padded with zeros): gradients are reduce-scattered into the slice, the slice is stepped, the weights
 are all-gathered. On one process the slice is the whole bucket and nothing is sent.
+
+Example: a bucket of 12 matrices of 768 x 768 on 8 ranks, piece_shape (1, 768, 768). shard_len is
+ceil(12 / 8) = 2, so the packed tensor is (16, 768, 768) with 4 matrices of zeros at the end. Rank 0
+steps matrices 0 and 1, rank 5 steps 10 and 11, ranks 6 and 7 step padding; the gathered (16, 768,
+768) is cut back to 12 and copied into the parameters.
 """
 
 from abc import abstractmethod

@@ -70,7 +70,7 @@ class Meter:
         return None if not peak else flops_per_token * rate / (peak * self.world_size)
 
     def state(self) -> dict[str, float | int]:
-        """What a resumed run needs to go on counting."""
+        """What a resumed run needs to continue counting."""
         return {
             "smooth_loss": self.smooth_loss,
             "updates": self.updates,
@@ -78,7 +78,7 @@ class Meter:
         }
 
     def restore(self, state: dict[str, float | int]) -> None:
-        """Go on from `state`."""
+        """Continue from `state`."""
         self.smooth_loss = float(state["smooth_loss"])
         self.updates = int(state["updates"])
         self.seconds = float(state["seconds"])

@@ -72,7 +72,7 @@ def find(spec: str | int | Path | None, stage: str, base_dir: Path, tag: str | N
 
 
 def has_checkpoint(tag: str, stage: str, base_dir: Path) -> bool:
-    """Whether a tag has a whole step to go on from."""
+    """Whether a tag has a whole step to continue from."""
     return any(not problem_of(path) for _, path in steps_of(stage_dir(base_dir, stage) / tag))
 
 

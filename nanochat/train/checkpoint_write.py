@@ -54,7 +54,7 @@ def save(
     model_state  the parameters; only rank 0's are written.
     rank_state   what differs by rank: optimizer shard, data position, random state.
     meta         plain values for meta.json; non-finite numbers become null.
-    keep_last    delete older steps of this tag beyond so many; None or 0 keeps all.
+    keep_last    how many steps of this tag stay; older ones are deleted; None or 0 keeps all.
     Raises  ValueError for a bad tag or keep_last; CheckpointWriteError on every rank if any rank
             could not write. Ranks must share the file system.
     """
@@ -92,7 +92,7 @@ def check_tag(tag: str) -> None:
     """Raise ValueError unless `tag` can name a folder of steps."""
     if not TAG_NAME.fullmatch(tag):
         raise ValueError(
-            f"tag {tag!r} is no folder name that can be told from a step; use letters, digits "
+            f"tag {tag!r} is no folder name, or looks like a step; use letters, digits "
             "and _ . = + -, with at least one letter, for example d12"
         )
 

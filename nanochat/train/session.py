@@ -80,7 +80,7 @@ class Session:
 
     stage            of stages.STAGES
     tag              folder of the checkpoints
-    tokens_per_step  of all devices together; the loop may set it anew on the meter
+    tokens_per_step  of all devices together; the loop may change it on the meter
     record           for the checkpoints and the records
     init_lr_frac     share of the settings' rates
     wandb_run        name of the wandb run, where it is not settings.run

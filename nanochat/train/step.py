@@ -2,6 +2,10 @@
 
 The loss is normalised by the number of valid targets of the whole step, over all micro-batches and
 ranks, so that a batch with few targets does not weigh more than its tokens.
+
+Example: two ranks with two micro-batches each, of 100, 60, 100 and 40 valid targets. `valid` is 300
+everywhere, each micro-batch adds (sum of its nats) / 300, and a token counts 1/300 wherever it is.
+Means of means would give the tokens of the last micro-batch 1/160, those of the first 1/400.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,6 +45,7 @@ def train_step(
     grad_clip  largest global gradient norm; 0 leaves the gradient as it is.
     loss_sum   of the valid targets of one micro-batch.
     """
+    # how many targets the whole step has: known before the first backward, from the data alone
     valid = torch.stack([(batch[1] != IGNORE_INDEX).sum() for batch in micro_batches]).sum()
     valid = runtime.all_reduce(valid.float()).clamp(min=1)
     total = torch.zeros((), device=runtime.device)
@@ -49,6 +54,8 @@ def train_step(
         # the optimizers average over ranks, and `valid` already counts all of them
         (loss * runtime.world_size).backward()
         total += loss.detach()
+    # every rank then holds its slice of the averaged gradient; the slices are disjoint, so the
+    # square of the global norm is the sum of theirs
     for optimizer in optimizers:
         optimizer.reduce_gradients()
     square_sum = torch.stack([optimizer.gradient_square_sum() for optimizer in optimizers]).sum()

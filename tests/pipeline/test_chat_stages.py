@@ -130,20 +130,20 @@ def test_mid_training_goes_on_from_the_base_model(mid: World) -> None:
     assert meta["parent"].endswith("base_checkpoints/d2/000006")
 
 
-def test_rows_of_a_step_stand_for_its_tokens(mid: World) -> None:
-    """--target_examples_per_step=4 rows of 128 tokens are the 512 tokens of MID."""
-    rows = ("--target_examples_per_step=4", "--total_batch_size=1", "--model_tag=rows")
-    mid.run("mid_train", *MID, *rows, "--base_checkpoint=base_checkpoints/latest.pt")
-    assert_same(mid.weights("mid", "d2"), mid.weights("mid", "rows"))
-    assert mid.records("mid", "rows", "plan")[0]["total_batch_size"] == 512
-
-
 def test_fine_tuning_goes_on_from_mid_training(sft: World) -> None:
     before = sft.records("chatsft", "d2", "eval")[0]["loss"]
     after = sft.records("chatsft", "d2", "eval")[-1]["loss"]
     assert after < before
     rates = [record["lr_scale"] for record in sft.records("chatsft", "d2", "train")]
     assert rates == [pytest.approx(1 - step / 6) for step in range(6)]
+
+
+def test_rows_of_a_step_stand_for_its_tokens(sft: World) -> None:
+    """--target_examples_per_step=4 rows of 128 tokens are the 512 tokens of MID."""
+    rows = ("--target_examples_per_step=4", "--total_batch_size=1", "--model_tag=rows")
+    sft.run("mid_train", *MID, *rows, "--base_checkpoint=base_checkpoints/latest.pt")
+    assert_same(sft.weights("mid", "d2"), sft.weights("mid", "rows"))
+    assert sft.records("mid", "rows", "plan")[0]["total_batch_size"] == 512
 
 
 def test_mid_training_resumes_bit_for_bit(mid: World) -> None:
