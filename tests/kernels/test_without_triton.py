@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from nanochat.kernels import optional_triton
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 
 # A process in which `import triton` fails as it does where the package is not installed.

@@ -16,6 +16,8 @@ import pytest
 
 from nanochat.kernels.aot import SHIPPED
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/your_first_kernel.md").read_text(encoding="utf-8")
 SOURCE = "\n\n".join(re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S))

@@ -20,6 +20,8 @@ from nanochat.tracking import METRICS_FILE
 from nanochat.train import precision, run
 from tests.support.runs import ROOT, SEQUENCE_LEN, TINY, losses, make_base_dir, records, run_here
 
+pytestmark = pytest.mark.long
+
 STEPS = 6
 TRAIN = "python -m scripts.base_train --keep_last=0 --grad_clip=1.0"
 EMULATED = ("--precision=mxfp4", "--mx_backend=emulate")

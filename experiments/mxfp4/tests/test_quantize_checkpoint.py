@@ -45,6 +45,7 @@ def runtime(base: Path) -> Runtime:
     return Runtime(torch.device("cpu"), torch.float32, 0, 0, 1, 42, base)
 
 
+@pytest.mark.long
 def test_a_checkpoint_trained_in_mxfp4_is_an_ordinary_one(base: Path, whole: Path) -> None:
     tokenizer = get_tokenizer(str(base / "tokenizer"))
     model, meta, _ = run.load_pretrained(str(whole), "base", runtime(base), tokenizer)

@@ -134,6 +134,7 @@ def test_split_k_fills_the_gpu() -> None:
     assert gemm.split_k(tiles=1, steps=1, programs=1) == 1
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("products_run")
 def test_operations_keep_their_contracts() -> None:
     x, q = matrix(32, 64), str(Quantizer())

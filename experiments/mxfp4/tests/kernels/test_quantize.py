@@ -49,6 +49,7 @@ def of_kernel(x: torch.Tensor, q: Quantizer, columns: Quantizer | None, **more: 
     return quantize(x, q, columns, **(options | more))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("q", QUANTIZERS, ids=str)
 def test_rows_and_columns_equal_the_reference(q: Quantizer) -> None:
     for shape in ((32, 32), (96, 160)):
@@ -103,6 +104,7 @@ def test_signs_of_the_hadamard_transform(text: str) -> None:
     assert not torch.equal(plain.codes, rows.codes)
 
 
+@pytest.mark.long
 def test_tiles_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     x, q = matrix(32, 160), Quantizer.parse("mxfp4 rceil stochastic")
     calls = [{"prologue": prologue} for prologue in ("none", "rms_norm")]

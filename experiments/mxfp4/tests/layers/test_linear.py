@@ -129,6 +129,7 @@ def test_what_waits_for_the_backward_pass_is_small() -> None:
     assert sum(t.nbytes for t in saved) == 2 * 128 * 128 * 4.25 / 8 + 16  # x^T, W^T, seed and signs
 
 
+@pytest.mark.long
 def test_compiled_gradients_are_the_same() -> None:
     """The kernels through torch.compile's tracing: no graph break, each micro-batch rounds anew."""
     recipe = RECIPES["mxfp4_rht_sr"]

@@ -12,6 +12,8 @@ import pytest
 from experiments.mxfp4.kernels.ptx import block_scaled, matrix_products
 from experiments.mxfp4.numbers.formats import FORMATS
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[4]
 COMPILED = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 EPILOGUES = {

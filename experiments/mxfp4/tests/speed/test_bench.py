@@ -23,6 +23,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "QUANTIZERS", ("mxfp4", "mxfp4 rceil stochastic hadamard"))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("small")
 def test_every_case_runs() -> None:
     """In the interpreter, at sizes that fit it: a case that fails would cost a GPU's owner."""
@@ -47,6 +48,7 @@ def test_decoding_runs() -> None:
     assert bfloat16 / fp4 == pytest.approx(16 / 4.25)
 
 
+@pytest.mark.long
 def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
     result = subprocess.run(
         ["bash", "experiments/mxfp4/speed/bench_sm120.sh"],

@@ -30,6 +30,7 @@ def cells(base: Path) -> Path:
     return base / "cells"
 
 
+@pytest.mark.long
 def test_every_cell_is_one_file(cells: Path) -> None:
     names = sorted(path.name for path in cells.glob("*.json"))
     wanted = [f"{name}_seed{seed}.json" for name in ("mxfp4_rht_sr", "plain") for seed in (0, 1)]
