@@ -59,7 +59,8 @@ def draw_curves(stages: list[list[dict[str, Any]]], path: Path) -> None:
                 scores.setdefault(r["task"], {})[stage] = 100 * r["accuracy"]
     losses.set(xlabel="optimizer step", ylabel="training loss, nats per token", ylim=(0, None))
     losses.legend()
-    names = [records[0]["stage"] for records in stages]
+    evaluated = {stage for by_stage in scores.values() for stage in by_stage}
+    names = [r[0]["stage"] for r in stages if r[0]["stage"] in evaluated]
     for i, (task, by_stage) in enumerate(sorted(scores.items())):
         width = 0.8 / len(scores)
         where = [x + (i - (len(scores) - 1) / 2) * width for x in range(len(names))]
@@ -102,7 +103,8 @@ def draw_chat(chat: list[tuple[str, str]], path: Path) -> None:
         if line
     ]
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="14" '
+        '<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" font-size="14" '
+        f'viewBox="0 0 {width} {height}" '
         'font-family="ui-monospace, Menlo, Consolas, DejaVu Sans Mono, monospace">'
     )
     box = f'<rect width="{width}" height="{height}" rx="8" fill="#0d1117"/>'
