@@ -66,9 +66,9 @@ def draw_curves(stages: list[list[dict[str, Any]]], path: Path) -> None:
         where = [x + (i - (len(scores) - 1) / 2) * width for x in range(len(names))]
         bars = accuracies.bar(where, [by_stage.get(n, 0) for n in names], width, label=task)
         accuracies.bar_label(bars, fmt="%.0f", fontsize=8)
-    accuracies.set(xticks=range(len(names)), ylabel="test problems solved, %", ylim=(0, 115))
+    accuracies.set(xticks=range(len(names)), ylabel="test problems solved, %", ylim=(0, 108))
     accuracies.set_xticklabels(names)
-    accuracies.legend(loc="upper left")
+    accuracies.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(scores), frameon=False)
     figure.savefig(path, dpi=100)
 
 
