@@ -36,9 +36,7 @@ class Settings(TrainingSettings):
     """Fine-tune a mid-trained model on the assistant's side of conversations."""
 
     mid_checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
-    source: Annotated[str, Choices(stages.parents_of("chatsft"))] = (
-        "mid"  # stage of that checkpoint
-    )
+    source: Annotated[str, Choices(stages.parents_of("chatsft"))] = "mid"  # its stage
     mixture: Annotated[str, Choices(MIXTURES)] = "full"  # full: Hub data sets; local: no download
     task_data: str = ""  # folder of local task files instead of the Hugging Face Hub
     num_iterations: CountOrMinusOne = -1  # optimizer steps; -1 derives them from the next one
