@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.rows import TIMED, Row, auto_losses, load
+from nanochat import command
 from nanochat.report import table
 
 KERNEL_COLUMNS = (
@@ -214,4 +215,4 @@ def plot(op: str, rows: Sequence[Row], path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -24,6 +24,7 @@ import torch
 from bench.configurations import Entry, Use, candidates, record, trial, uses, write_entry
 from bench.contenders import FAILURES, Case, check_case, first_line, make_case, refusal
 from bench.measure import Stage, Timer, interleave, summarise, timer_for
+from nanochat import command
 from nanochat.common import setup_training
 from nanochat.kernels import aot
 from nanochat.kernels.launch import CONFIGS, architecture_of
@@ -207,4 +208,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)
