@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.cases import make_case
+from bench.contenders import make_case
 from nanochat.kernels.launch import CONFIGS, TABLES, Config, Entry, Recorder, recording, table
 from nanochat.kernels.registry import Op
 from nanochat.kernels.workloads import Workload

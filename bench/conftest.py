@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.rows import auto_losses
-from bench.session import Session
-from bench.tables import markdown
+from bench.report import markdown
+from bench.rows import Session, auto_losses
 from nanochat.common import get_base_dir, setup_training
 
 RESULTS = Path(__file__).parent / "results"

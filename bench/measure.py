@@ -1,7 +1,7 @@
 """Times of callables against each other: one run, the same data, turn by turn.
 
 A contender is a sequence of stages (forward, then backward), each called with what the one before
-returned. On a GPU every stage is timed by events, with the L2 cache full of other data and behind
+returned. On a GPU every stage is timed by events, with the L2 cache full of other data and after
 enough queued work that the host's launches are hidden. Elsewhere the host's clock serves.
 """
 
@@ -38,7 +38,7 @@ class Timer(Protocol):
     """Runs the stages once; returns the seconds of each, and the host's seconds for all."""
 
     def __call__(self, stages: Sequence[Stage], queue_seconds: float) -> tuple[list[float], float]:
-        """queue_seconds of other work go first where launches can be hidden behind it."""
+        """queue_seconds of other work go first where they can hide the launches."""
         ...
 
 
@@ -90,7 +90,7 @@ def timer_for(device: torch.device) -> Timer:
 
 
 def rotated(names: Sequence[str], turn: int) -> list[str]:
-    """The order of a turn: nobody always runs first, or always behind the same neighbour's heat."""
+    """The order of a turn: nobody always runs first, or always after the same neighbour."""
     shift = turn % max(1, len(names))
     return [*names[shift:], *names[:shift]]
 

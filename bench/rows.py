@@ -1,18 +1,29 @@
 """Rows: one measured, refused or missing contender each, with the machine it ran on.
 
 A file is a JSON list of rows. What is measured again replaces its row, so files grow case by case
-and a run that is cut short keeps what it has.
+and a run that is cut short keeps what it has. A `Session` is one run of the bench: its device, the
+ceilings it measured, and its rows so far. `Replay` and `replay` hand the times of a row to
+pytest-benchmark, whose own clock sees the host only.
 """
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pynvml
+import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench.contenders import OURS, auto_choices
+from bench.measure import Timer, timer_for
+from nanochat import hardware
+from nanochat.common import Runtime
+from nanochat.kernels.launch import architecture_of
 from nanochat.tracking import environment, jsonable
 
 Row = dict[str, Any]
@@ -125,3 +136,113 @@ def auto_losses(rows: Sequence[Row]) -> list[str]:
             share = auto["seconds"] / best["seconds"]
             losses.append(f"{where}, {share:.2f} times the time of {best['contender']}")
     return losses
+
+
+CPU_COPY_BYTES = 2**26  # enough for a second of a run that measures nothing worth keeping
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """FLOP/s and bytes/s: by datasheet (None where unknown) and as measured in this run."""
+
+    flops: float
+    bytes: float
+    datasheet_flops: float | None
+    datasheet_bytes: float | None
+
+
+@dataclass
+class Session:
+    """One run of the bench.
+
+    seconds  of measuring, for each operation at each size.
+    out      folder of the rows files; None keeps them in memory only.
+    """
+
+    runtime: Runtime
+    seconds: float
+    out: Path | None
+    commit: str = ""
+    rows: list[Row] = field(default_factory=list)
+
+    @cached_property
+    def ceilings(self) -> Ceilings:
+        """Measured once a run."""
+        device, dtype = self.runtime.device, self.runtime.dtype
+        known = hardware.identify(device)
+        return Ceilings(
+            hardware.measure_gemm(device, dtype),
+            hardware.measure_copy(device, None if device.type == "cuda" else CPU_COPY_BYTES),
+            known.bf16_flops if known and dtype.itemsize == 2 else None,
+            known.memory_bytes_per_s if known else None,
+        )
+
+    @cached_property
+    def machine(self) -> Row:
+        """Fields of every row."""
+        ceilings = self.ceilings
+        return machine(self.runtime.device, self.commit) | {
+            "gemm_flops": ceilings.flops,
+            "copy_bytes_per_s": ceilings.bytes,
+            "datasheet_flops": ceilings.datasheet_flops,
+            "datasheet_bytes_per_s": ceilings.datasheet_bytes,
+        }
+
+    @cached_property
+    def timer(self) -> Timer:
+        """Of the device."""
+        return timer_for(self.runtime.device)
+
+    @cached_property
+    def auto(self) -> dict[str, str]:
+        """operation -> implementation of `--kernels=auto`."""
+        return auto_choices(self.runtime.device, self.runtime.dtype)
+
+    @property
+    def architecture(self) -> str:
+        """Name of the configuration table in use."""
+        return architecture_of(self.runtime.device)
+
+    @property
+    def dtype(self) -> str:
+        """Compute dtype, as rows name it."""
+        return str(self.runtime.dtype).removeprefix("torch.")
+
+    def keep(self, file: str, rows: Sequence[Row]) -> None:
+        """Take rows into the summary, and into <out>/<file>."""
+        self.rows += rows
+        if self.out is not None:
+            save(self.out / file, rows)
+
+
+class Replay:
+    """A clock that advances by the next sample between two readings: start, stop, start, ..."""
+
+    def __init__(self) -> None:
+        self.samples: list[float] = []
+        self.now = 0.0
+        self.running = False
+
+    def __call__(self) -> float:
+        if self.running:
+            self.now += self.samples.pop(0)
+        self.running = not self.running
+        return self.now
+
+
+def replay(row: Row, benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> None:
+    """Give a row's samples and fields to the plugin.
+
+    What was not timed is skipped with the reason; an implementation of ours that is wrong fails.
+    """
+    if row["status"] != TIMED:
+        reason = f"{row['contender']} {row['status']}: {row['reason']}"
+        if row["status"] == REFUSED and row.get("role") == OURS:
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+    marker = request.node.get_closest_marker("benchmark")
+    assert marker is not None
+    samples: Sequence[float] = row[UNSAVED]
+    marker.kwargs["timer"].samples = list(samples)
+    benchmark.extra_info.update({key: row[key] for key in row if key != UNSAVED})
+    benchmark.pedantic(lambda: None, rounds=len(samples))

@@ -4,7 +4,7 @@
     pytest bench/test_dataloader.py                         the embedded corpus, a minute
     ... --out=bench/results/cpu                             and write dataloader.json there
 
-Two things of each contender, turn by turn: batches one behind the other as fast as they come
+Two things of each contender, turn by turn: batches one after the other as fast as they come
 (tokens/s, of wall time and of CPU time, which holds on a busy machine too), and batches asked for
 at the pace of a training run, whose step is a sleep (milliseconds that the step has to wait).
 """
@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +22,12 @@ import numpy as np
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
-from bench.in_line_loader import InLine
 from bench.rows import machine
 from nanochat.common import get_base_dir
 from nanochat.data.dataloader import BATCHES_AHEAD, Batch, CUDAPrefetcher, DataLoader
-from nanochat.data.shards import iter_documents, row_blocks
+from nanochat.data.shards import RowBlock, iter_documents, row_blocks
 from nanochat.dataset import resolve_data_dir
 from nanochat.text.tokenizer import RustBPETokenizer
 
@@ -41,6 +42,52 @@ WARM = BATCHES_AHEAD + 4  # batches that are not timed: those that were waiting,
 REAL = {"B": 32, "T": 2048, "train_chars": 60_000_000, "vocab_size": 65_536, "batches": 60}
 SMALL = {"B": 16, "T": 1024, "train_chars": 2_000_000, "vocab_size": 4_096, "batches": 20}
 Sizes = dict[str, int]
+
+
+class InLine:
+    """Best fit without a thread: documents as lists in a list, searched through for each pick."""
+
+    def __init__(
+        self,
+        encode: Callable[[list[str]], list[list[int]]],
+        blocks: list[RowBlock],
+        batch_size: int,
+        sequence_len: int,
+        waiting: int = 1000,
+        at_once: int = 128,
+    ) -> None:
+        self.encode, self.waiting = encode, waiting
+        self.texts = self._read(blocks, at_once)
+        self.documents: list[list[int]] = []
+        self.rows = torch.empty(batch_size, sequence_len + 1, dtype=torch.int64)
+
+    @staticmethod
+    def _read(blocks: list[RowBlock], at_once: int) -> Iterator[list[str]]:
+        for block in cycle(blocks):
+            texts = block.read()
+            for start in range(0, len(texts), at_once):
+                yield texts[start : start + at_once]
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        for row in self.rows:
+            filled = 0
+            while filled < len(row):
+                while len(self.documents) < self.waiting:
+                    self.documents += self.encode(next(self.texts))
+                tokens = self._take(len(row) - filled)
+                row[filled : filled + len(tokens)] = torch.tensor(tokens)
+                filled += len(tokens)
+        return self.rows[:, :-1].clone(), self.rows[:, 1:].clone()
+
+    def _take(self, room: int) -> list[int]:
+        best, longest = -1, 0
+        for i, document in enumerate(self.documents):
+            if longest < len(document) <= room:
+                best, longest = i, len(document)
+        if best >= 0:
+            return self.documents.pop(best)
+        shortest = min(range(len(self.documents)), key=lambda i: len(self.documents[i]))
+        return self.documents.pop(shortest)[:room]
 
 
 class Source(Protocol):

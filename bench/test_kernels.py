@@ -1,4 +1,4 @@
-"""Every operation against eager, torch.compile and the peers; see bench/judge.py for the rules.
+"""Every operation against eager, torch.compile and the peers; see bench/kernels.py for the rules.
 
 pytest bench/test_kernels.py --ops=rms_norm,relu2_mlp --workloads=d12,d20
 """
@@ -9,12 +9,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.cases import make_case
-from bench.contenders import FAILURES, first_line, names
-from bench.judge import PASSES, judge
-from bench.replay import Replay, report
-from bench.rows import Row
-from bench.session import Session
+from bench.contenders import FAILURES, first_line, make_case, names
+from bench.kernels import PASSES, kernel_rows
+from bench.rows import Replay, Row, Session, replay
 from nanochat.kernels.registry import Op, operations
 from nanochat.kernels.workloads import WORKLOADS, Workload
 
@@ -62,14 +59,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module")
-def judged(bench: Session):
+def measured(bench: Session):
     """Rows of an operation at a size, or why there are none; measured when first asked for."""
 
     @functools.cache
     def rows_of(op: Op, workload: Workload) -> dict[tuple[str, str], Row] | str:
         try:
-            rows = judge(op, workload, bench)
-        except FAILURES as error:  # kept like a result: every pass and contender would find it anew
+            rows = kernel_rows(op, workload, bench)
+        except FAILURES as error:  # kept like a result: every pass would fail alike
             return first_line(error)
         bench.keep("kernels.json", rows)
         return {(row["pass"], row["contender"]): row for row in rows}
@@ -82,11 +79,11 @@ def test_kernel(
     workload: Workload,
     pass_name: str,
     contender: str,
-    judged,
+    measured,
     benchmark: BenchmarkFixture,
     request: pytest.FixtureRequest,
 ) -> None:
-    rows = judged(op, workload)
+    rows = measured(op, workload)
     if isinstance(rows, str):
         pytest.fail(f"{op.name} {workload.name}: {rows}", pytrace=False)
-    report(rows[pass_name, contender], benchmark, request)
+    replay(rows[pass_name, contender], benchmark, request)

@@ -11,11 +11,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.contenders import FAILURES, first_line
-from bench.replay import Replay, report
-from bench.rows import Row
-from bench.session import Session
-from bench.train_steps import measured
-from bench.variants import SIZES, SMALL, Size, compiled_variants, eager_variants
+from bench.rows import Replay, Row, Session, replay
+from bench.train_steps import SIZES, SMALL, Size, compiled_variants, eager_variants, measured
 
 Measured = Callable[[Size, bool], dict[str, Row] | str]
 
@@ -58,7 +55,7 @@ def steps(bench: Session) -> Measured:
         variants = compiled_variants() if compiled else eager_variants()
         try:
             return {row["contender"]: row for row in measured(size, bench, variants)}
-        except FAILURES as error:  # kept like a result: every variant would find it anew
+        except FAILURES as error:  # kept like a result: every variant would fail the same way
             return first_line(error)
 
     return rows_of
@@ -75,4 +72,4 @@ def test_train_step(
     rows = steps(size, compiled)
     if isinstance(rows, str):
         pytest.fail(f"{size.name}: {rows}", pytrace=False)
-    report(rows[variant], benchmark, request)
+    replay(rows[variant], benchmark, request)

@@ -8,23 +8,97 @@ read. Compiled variants come last, against the baseline measured once more besid
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import rows as row_files
-from bench.contenders import EAGER, FAILURES, first_line
+from bench.contenders import COMPILE, EAGER, FAILURES, OURS, first_line
 from bench.measure import free, rotated, summarise
-from bench.rows import MISSING, REFUSED, TIMED, UNSAVED, Row, speedup
-from bench.session import Session
-from bench.variants import Size, Variant
-from nanochat import hardware
-from nanochat.kernels.registry import REGISTRY, select
+from bench.rows import MISSING, REFUSED, TIMED, UNSAVED, Row, Session, clocks, speedup
+from nanochat import gpt, hardware
+from nanochat.kernels.registry import REGISTRY, operations, select
+from nanochat.optim import adamw, muon
 from nanochat.train import run
 from nanochat.train.step import train_step
 
+BASELINE, BASE_SPEC = "sdpa", "reference,attention=sdpa"  # references and torch's own attention
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and a step of `sequences` sequences."""
+
+    name: str
+    depth: int
+    sequences: int = 32
+    length: int = 2048
+    vocab_size: int = 65_536
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.sequences * self.length
+
+
+SIZES = {size.name: size for size in (Size("d12", 12), Size("d20", 20))}
+SMALL = Size("cpu-small", 2, 4, 64, 1024)
+
+
+@dataclass
+class Variant:
+    """A choice of kernels, and whether the model is compiled.
+
+    status  "missing" once it cannot be chosen here, "refused" once it fails or is wrong; `reason`
+    """
+
+    name: str
+    spec: str
+    role: str = OURS
+    compiled: bool = False
+    choices: dict[str, str] = field(default_factory=dict)
+    model: Any = None
+    micro_batch: int = 0  # sequences
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    status: str = TIMED
+    reason: str = ""
+
+    def out(self, status: str, reason: str) -> None:
+        """Measure it no more."""
+        self.status, self.reason = status, reason
+
+
+def eager_variants() -> list[Variant]:
+    """References, the baseline, every implementation alone on top of it, and `auto`."""
+    in_model = {id(x) for module in (gpt, adamw, muon) for x in vars(module).values()}
+    alone = [
+        f"{op.name}={name}"
+        for op in operations().values()
+        if id(op) in in_model
+        for name in op.implementations
+        if name != "reference" and f"{op.name}={name}" not in BASE_SPEC
+    ]
+    return [
+        Variant(BASELINE, BASE_SPEC, EAGER),
+        Variant("auto", "auto"),
+        *(Variant(choice, f"{BASE_SPEC},{choice}") for choice in alone),
+        Variant("reference", "reference", "reference"),
+    ]
+
+
+def compiled_variants() -> list[Variant]:
+    """The baseline again, it and `auto` compiled."""
+    return [
+        Variant(f"{BASELINE}, again", BASE_SPEC, EAGER),
+        Variant("auto, compile", "auto", compiled=True),
+        Variant("compile", BASE_SPEC, COMPILE, compiled=True),
+    ]
+
+
 FILE = "train_step.json"
-TURNS, STEPS = 3, 2  # timed steps of a variant: STEPS in each of TURNS, behind one untimed
+TURNS, STEPS = 3, 2  # timed steps of a variant: STEPS in each of TURNS, after one untimed
 LOSS_TOLERANCE = 0.01  # relative, between variants on the same weights
 
 
@@ -116,7 +190,7 @@ class Bench:
             for name in rotated(list(running), turn):
                 try:
                     self.turn(running[name])
-                except FAILURES as error:  # memory in pieces, say: the others go on
+                except FAILURES as error:  # fragmented memory, say: the others continue
                     running[name].out(REFUSED, first_line(error))
                     self.clear()
         found = [self.row(variant) for variant in variants]
@@ -134,7 +208,7 @@ class Bench:
 
     def row(self, variant: Variant) -> Row:
         """Times, tokens per second, both MFUs and peak memory of a variant."""
-        row = self.session.machine | row_files.clocks(self.runtime.device) | {
+        row = self.session.machine | clocks(self.runtime.device) | {
             "kind": "train_step",
             "op": "train_step",
             "workload": self.size.name,

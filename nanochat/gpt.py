@@ -139,12 +139,15 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        # one product for q, k and v: (B, T, E); the operation reads the three parts in place
         n_head, n_kv_head = self.config.n_head, self.config.n_kv_head
         offsets = None if cache is None else cache.lengths
         q, k, v = qk_norm_rope(self.c_qkv(x_BTC), cos, sin, n_head, n_kv_head, offsets)
         if cache is None:
             y = attention(q, k, v)
         else:
+            # the queries are the last T positions of each slot; what lies after its length is left
+            # over from another request and masked
             keys, values = cache.append(self.layer, k, v)
             y = attention(q, keys, values, None, cache.lengths + x_BTC.shape[1])
         return self.c_proj(y.flatten(2))
@@ -159,6 +162,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
+        # both weights go into one operation, so that it may fuse the activation with the products
         w_up, w_down = (w.to(x_BTC.dtype) for w in (self.c_fc.weight, self.c_proj.weight))
         return relu2_mlp(x_BTC, w_up, w_down)
 
@@ -174,6 +178,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None
     ) -> tuple[Tensor, Tensor]:
+        # x is the residual stream, y its norm: what the next layer reads
         x, y = add_rms_norm(x, self.attn(y, cos, sin, cache))
         return add_rms_norm(x, self.mlp(y))
 
@@ -240,10 +245,12 @@ class GPT(nn.Module):
         limit = self.config.sequence_len if cache is None else cache.capacity
         if limit < T:
             raise ValueError(f"{T} tokens do not fit the {limit} positions; shorten the input")
+        # the embedding is normalised itself, then once more as the first block expects
         x = rms_norm(self.wte(idx_BT).to(self.dtype))
         y = rms_norm(x)
         for block in self.blocks:
             x, y = block(x, y, self.cos, self.sin, cache)
+        # only now: every layer appended at the same positions
         if cache is not None:
             cache.lengths += T
         return y
@@ -321,11 +328,13 @@ class GPT(nn.Module):
 
         newton_schulz  coefficients of Muon: "muon" or "polar_express".
         """
+        # rates were tuned at width 768 and fall with 1 / sqrt(width); Muon's does not depend on it
         scale = scaling.adamw_rate_scale(self.config.n_embd)
         adamw_groups = [
             {"params": [self.wte.weight], "lr": embedding_lr * scale},
             {"params": [self.lm_head.weight], "lr": unembedding_lr * scale},
         ]
+        # which matrices pack several maps, Muon has to know
         packed = [p for name, p in self.blocks.named_parameters() if "c_qkv" in name]
         single = [p for name, p in self.blocks.named_parameters() if "c_qkv" not in name]
         muon_groups = [

@@ -218,7 +218,7 @@ def test_field_comments():
     @dataclass(frozen=True)
     class Child(Base):
         c: str = "#"
-        # above the field, not behind it
+        # above the field, not after it
         d: str = "# no"  # fourth
 
     assert field_comments(Child) == {"a": "first # of two", "b": "second", "c": "", "d": "fourth"}

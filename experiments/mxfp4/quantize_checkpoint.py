@@ -16,7 +16,7 @@ from experiments.mxfp4.layers.convert import kept_layers, linear_layers
 from experiments.mxfp4.layers.quantized import FORMAT, quantized_state
 from experiments.mxfp4.numbers import reference
 from experiments.mxfp4.numbers.formats import FORMATS, SCALE_MODES, Quantizer
-from nanochat import configurator, stages
+from nanochat import command, configurator, stages
 from nanochat.common import print0, setup_training
 from nanochat.gpt import GPT
 from nanochat.text.tokenizer import get_tokenizer
@@ -101,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -33,7 +33,7 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 def to_float8(values: np.ndarray, dtype: tl.dtype) -> np.ndarray:
     """Bits of float32 values, to nearest even, saturating like cvt.satfinite on the GPU."""
-    target = FLOAT8[dtype.name]
+    target = FLOAT8[str(dtype)]
     limit = torch.finfo(target).max
     values = np.ascontiguousarray(values, dtype=np.float32)
     return torch.from_numpy(values).clamp(-limit, limit).to(target).view(torch.uint8).numpy()
@@ -102,10 +102,10 @@ def patch() -> None:
         source, target = src.dtype.scalar, dst_type.scalar
         if {source, target} <= {tl.bfloat16, tl.float16, tl.float32, tl.float64}:
             return _cast(self, src, dst_type)
-        if source == tl.float32 and target.name in FLOAT8:
+        if source == tl.float32 and str(target) in FLOAT8:
             return _handle(to_float8(src.data, target), target)
-        if source.name in FLOAT8 and target == tl.float32:
-            return _handle(from_float8(src.data, source.name), target)
+        if str(source) in FLOAT8 and target == tl.float32:
+            return _handle(from_float8(src.data, str(source)), target)
         return original(self, src, dst_type, rounding_mode)
 
     builder.create_fp_to_fp = create_fp_to_fp

@@ -172,6 +172,7 @@ class Config:
         recorder = _recorder.get()
         if recorder:
             recorder.lookups.append((self, size, like.element_size()))
+        # entries are in order: those for one dtype or for small sizes stand before the general one
         for entry in self.entries(architecture):
             fits = like.element_size() == entry.get("element_size", like.element_size())
             if fits and size <= entry.get("up_to", size):

@@ -101,6 +101,7 @@ class SumLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, weight, targets_N, softcap, vocab_size, z_loss, gradients):
+        # of the sum, so no scale for each row is needed and the gradients need not wait for one
         losses, dx, dw = chunked(
             x_ND, weight, targets_N, None, softcap, vocab_size, z_loss, gradients, False
         )
@@ -110,6 +111,7 @@ class SumLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        # the loss is a number: its gradient multiplies what the forward pass computed
         dx, dw = ctx.saved_tensors
         return times(dx, grad, dx.dtype), times(dw, grad, ctx.dtype), None, None, None, None, None
 
@@ -127,6 +129,7 @@ class EachLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_N):  # pyright: ignore[reportIncompatibleMethodOverride]
         x_ND, weight, targets_N = ctx.saved_tensors
+        # now the scale of each row is known
         _, dx, dw = chunked(x_ND, weight, targets_N, grad_N, *ctx.options, True, ctx.small)
         return dx, dw.to(weight.dtype), None, None, None, None, None
 

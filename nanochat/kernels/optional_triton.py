@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import triton.backends.compiler
     import triton.compiler
     import triton.errors
+    import triton.knobs
     import triton.language as tl
     import triton.runtime.interpreter
     import triton.runtime.jit

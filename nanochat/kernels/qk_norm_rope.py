@@ -49,6 +49,7 @@ class PackedNormRope(torch.autograd.Function):
     def forward(ctx, qkv_BTE, cos, sin, num_heads, num_kv_heads, offsets_B, scale):
         heads = qkv_BTE.unflatten(-1, (num_heads + 2 * num_kv_heads, 2 * cos.shape[-1]))
         qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=2)
+        # views: nothing is copied, the kernel steps from token to token over the heads of v
         ctx.save_for_backward(qkv_BTE, cos, sin, offsets_B)
         ctx.scale, ctx.split = scale, (num_heads + num_kv_heads, num_kv_heads)
         q, k = triton_forward(qk, cos, sin, num_heads, offsets_B, scale)
@@ -58,6 +59,7 @@ class PackedNormRope(torch.autograd.Function):
     def backward(ctx, dq, dk, dv):  # pyright: ignore[reportIncompatibleMethodOverride]
         qkv_BTE, cos, sin, offsets_B = ctx.saved_tensors
         qk = qkv_BTE.unflatten(-1, (sum(ctx.split), 2 * cos.shape[-1]))[:, :, : ctx.split[0]]
+        # one launch writes the gradients of q, k and v where the projection's backward reads them
         dqkv = triton_backward(dq, dk, dv, qk, cos, sin, offsets_B, ctx.scale)
         return dqkv.flatten(2), None, None, None, None, None, None
 

@@ -147,6 +147,7 @@ def select(spec: str, device: torch.device, dtype: torch.dtype) -> list[Choice]:
             implementation of that name (the others take auto), `op=name` for one operation.
     Raises  ValueError for an unknown operation or implementation, or one that cannot run here.
     """
+    # all choices first, so that an impossible one leaves everything as it was
     ops = operations()
     default, named = _parse(spec)
     choices = [
@@ -199,6 +200,7 @@ def _parse(spec: str) -> tuple[str, dict[str, str]]:
 
 def probe(op: Op, implementation: Implementation, device: torch.device, dtype: torch.dtype) -> str:
     """Run the first example, forward and backward: "" if it ran, otherwise the error."""
+    # the first example is tiny: this asks whether the kernel launches here, not whether it is right
     example = next(iter(op.examples(device, dtype)))
     arguments = [
         x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
@@ -235,6 +237,7 @@ def _choose(op: Op, wanted: str, named: bool, device: torch.device, dtype: torch
                 f"use {op.name}=auto or {op.name}=reference"
             )
         return Choice(op.name, wanted, "asked for" if named else f"asked for by {wanted!r}")
+    # auto: the last one registered that can run and is worth running; the reference ends the list
     refused = {}
     for implementation in reversed(op.implementations.values()):
         reason = implementation.needs(device, dtype) or implementation.auto(device, dtype)

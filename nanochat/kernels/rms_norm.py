@@ -118,7 +118,7 @@ def backward_kernel(
     normed = x * rstd
     # the part of dy along y changes the length of the row only, which the norm takes out again
     dx = rstd * (dy - normed * (tl.sum(dy * normed, axis=1, keep_dims=True) / D))
-    # x' also goes on to the next block, which sends its own gradient back
+    # x' also continues to the next block, which sends its own gradient back
     if ADD:
         dx += tl.load(dsum_ptr + row * D + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(dx_ptr + row * D + column, dx.to(dx_ptr.dtype.element_ty), mask=mask)

@@ -67,6 +67,7 @@ class DistAdamW(ShardedBuckets, AdamW):
     def make_buckets(self, group_index: int, group: dict[str, Any]) -> list[Bucket]:
         """Large parameters alone, small ones of a dtype together."""
         packed: dict[torch.dtype | int, list[Piece]] = {}
+        # an element belongs to one rank, whatever its parameter: any shape and world size works
         for param in group["params"]:
             key = param.dtype if param.numel() < SMALL_NUMEL else id(param)
             packed.setdefault(key, []).append(Piece(param, 0, param.numel()))

@@ -38,10 +38,14 @@ def muon_(
     W <- W (1 - lr wd) - lr sqrt(max(1, m / n)) O
     Source: kellerjordan.github.io/posts/muon; torch.optim.Muon with its default adjust_lr_fn.
     """
+    # momentum in float32; the look-ahead weighs the newest gradient once more (Nesterov)
     m, n = weight_LMN.shape[-2:]
     momentum_LMN.lerp_(gradient_LMN, 1 - momentum)
     lookahead = gradient_LMN.lerp(momentum_LMN, momentum)
+    # all singular values become about 1: each direction of the update moves equally far
     orthogonal = newton_schulz(lookahead, coefficients, compute_dtype)
+    # elements of an orthogonal m x n matrix are about 1 / sqrt(max(m, n)) in size; tall matrices
+    # are scaled up, so that each output moves as far as it would with a square one
     weight_LMN.mul_(1 - lr * weight_decay)
     weight_LMN.add_(orthogonal, alpha=-lr * max(1.0, m / n) ** 0.5)
 
@@ -86,6 +90,8 @@ class Muon(BucketOptimizer):
                     "give it to AdamW"
                 )
             rows, columns = param.shape
+            # q, k and v share a matrix for one large product, but are three maps: orthogonalised
+            # as one, the singular values of one would depend on the others'
             row_counts = group["row_splits"] or (rows,)
             if sum(row_counts) != rows or min(row_counts) < 1:
                 raise ValueError(
@@ -95,6 +101,8 @@ class Muon(BucketOptimizer):
             for count, stop in zip(row_counts, accumulate(row_counts), strict=True):
                 piece = Piece(param, (stop - count) * columns, stop * columns)
                 stacks.setdefault((count, columns, param.dtype), []).append(piece)
+        # d12: 72 matrices in three stacks, 48 of 768 x 768 (q, k, v, attention's projection), 12 of
+        # 3072 x 768 and 12 of 768 x 3072, so a step needs three batched Newton-Schulz runs
         return [
             Bucket(group_index, pieces, (1, m, n), self.world_size)
             for (m, n, _), pieces in stacks.items()
@@ -108,6 +116,7 @@ class Muon(BucketOptimizer):
         """muon_ with the group's rates; the momentum of absent matrices stays."""
         group = self.param_groups[bucket.group_index]
         momentum_LMN = bucket.state["momentum_buffer"]
+        # the stack is stepped whole; what had no gradient gets its momentum back
         absent_LMN = momentum_LMN[bucket.absent] if bucket.absent else None
         muon_(
             weight,

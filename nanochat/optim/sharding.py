@@ -82,6 +82,7 @@ class Bucket:
     absent: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        # rounded up, so that every rank owns equally much: collectives send equal slices
         self.lengths = [self.view(p, p.param).shape[0] for p in self.pieces]
         self.shard_len = -(-sum(self.lengths) // self.world_size)
         self.padding = self.shard_len * self.world_size - sum(self.lengths)
@@ -163,6 +164,7 @@ class BucketOptimizer(torch.optim.Optimizer):
                     f"parameter of shape {tuple(param.shape)} has strides {param.stride()}; "
                     "make it contiguous before building the optimizer"
                 )
+        # state is made here, not at the first step: a checkpoint of step 0 already holds all of it
         for bucket in self.make_buckets(len(self.param_groups) - 1, group):
             bucket.state = self.make_state(bucket)
             self.buckets.append(bucket)
@@ -171,6 +173,7 @@ class BucketOptimizer(torch.optim.Optimizer):
     def reduce_gradients(self) -> None:
         """Average the gradients over all ranks into the slices this rank owns."""
         for bucket in self.buckets:
+            # on one process a missing gradient means "leave this parameter as it is", as in torch
             grads = [piece.param.grad for piece in bucket.pieces]
             bucket.absent = [index for index, grad in enumerate(grads) if grad is None]
             empty = len(bucket.absent) == len(grads)
@@ -200,10 +203,12 @@ class BucketOptimizer(torch.optim.Optimizer):
         for bucket in self.buckets:
             if bucket.gradient is None:
                 continue
+            # the step is computed in float32, in place where the weights are float32 already
             weight = self.owned_weights(bucket)
             weight_fp32, gradient = weight.float(), bucket.gradient.float()
             if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
                 gradient = gradient * grad_scale
+            # dropped before the update, which needs memory of its own for the largest bucket
             bucket.gradient = None
             self.update(bucket, weight_fp32, gradient)
             if weight_fp32 is not weight:
@@ -251,6 +256,8 @@ class BucketOptimizer(torch.optim.Optimizer):
                 f"{self.world_size} needs {expected}; load it with the model and the number of "
                 "ranks that saved it"
             )
+        # the base class takes the groups; the tensors are copied into place, where the buckets and
+        # possibly a captured graph point to
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for index, bucket in enumerate(self.buckets):
             for name, value in loaded[index].items():
@@ -280,6 +287,7 @@ class ShardedBuckets(BucketOptimizer):
     @torch.no_grad()
     def reduce_gradients(self) -> None:
         """Average the gradients over all ranks into the slices this rank owns."""
+        # all are started before the first is waited for: the network is busy throughout
         waits: list[Callable[[], None]] = []
         for bucket in self.buckets:
             bucket.gradient, wait = reduce_scatter_mean(bucket.pack_gradients())

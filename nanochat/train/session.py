@@ -21,6 +21,7 @@ from torch import Tensor
 from nanochat import stages
 from nanochat.common import Runtime, StopRequest, print0, setup_training
 from nanochat.gpt import GPT
+from nanochat.kernels.optional_triton import compile_refusal
 from nanochat.kernels.registry import Choice, format_choices, select
 from nanochat.optim import schedule
 from nanochat.optim.muon import COEFFICIENTS
@@ -231,8 +232,16 @@ def first_batches(batches: Batches, count: int) -> Iterator[tuple[Tensor, Tensor
 
 
 def compiled(model: GPT, wanted: bool) -> torch.nn.Module:
-    """The model to run forward and backward; parameters and checkpoints stay the plain model's."""
-    return cast(torch.nn.Module, torch.compile(model, dynamic=False)) if wanted else model
+    """The model to run forward and backward; parameters and checkpoints stay the plain model's.
+
+    Raises  ValueError where torch.compile lacks what it generates code for.
+    """
+    if not wanted:
+        return model
+    reason = compile_refusal(model.device.type)
+    if reason:
+        raise ValueError(f"--compile=True cannot work here: {reason}; leave --compile out")
+    return cast(torch.nn.Module, torch.compile(model, dynamic=False))
 
 
 def reasons_record(choices: list[Choice]) -> dict[str, dict[str, str]]:

@@ -15,16 +15,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import compare, judge, measure, peers, replay, report, train_steps, tune
-from bench.cases import Case, check_case, make_case, refusal, refusal_at_full_size, relative_errors
+from bench import compare, kernels, measure, peers, report, train_steps, tune
 from bench.configurations import Use, candidates, with_measured, write_entry
-from bench.contenders import contenders
-from bench.replay import Replay
-from bench.rows import auto_losses, load, save
-from bench.session import Ceilings, Session
-from bench.tables import markdown
-from bench.tuner import Task, Tuner, tasks
-from bench.variants import SMALL, Size, Variant
+from bench.contenders import (
+    Case,
+    check_case,
+    contenders,
+    make_case,
+    refusal,
+    refusal_at_full_size,
+    relative_errors,
+)
+from bench.report import markdown
+from bench.rows import Ceilings, Replay, Session, auto_losses, load, replay, save
+from bench.train_steps import SMALL, Size, Variant
+from bench.tune import Task, Tuner, tasks
 from nanochat.common import Runtime
 from nanochat.kernels import launch
 from nanochat.kernels.registry import REGISTRY, Cost, operations
@@ -222,7 +227,7 @@ class TestCases:
         assert "result 1" in refusal([eager[0], torch.full((4,), 1.00003)], eager, exact)
 
 
-class TestJudge:
+class TestKernelRows:
     def test_wrong_and_absent_are_named_and_not_timed(
         self, session: Session, quick: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -232,16 +237,18 @@ class TestJudge:
         def failing(x: Tensor) -> Tensor:
             raise RuntimeError("no kernel image\nmore")
 
-        found = {
+        loaders = {
             "right": lambda: lambda x: rms_norm.reference(x),
             "wrong": lambda: lambda x: 1.01 * rms_norm.reference(x),
             "failing": lambda: failing,
             "absent": absent,
         }
-        monkeypatch.setitem(peers.PEERS, "rms_norm", found)
+        monkeypatch.setitem(peers.PEERS, "rms_norm", loaders)
         monkeypatch.setattr("bench.contenders._peer", unguarded_peer)
         session.__dict__["timer"] = FakeTimer()
-        rows = {r["contender"]: r for r in judge.judge(rms_norm, SIZE, session) if r["whole"]}
+        rows = {
+            r["contender"]: r for r in kernels.kernel_rows(rms_norm, SIZE, session) if r["whole"]
+        }
         status = {name: r["status"] for name, r in rows.items()}
         assert status == {
             "eager": "timed", "compile": "timed", "triton": "missing", "right": "timed",
@@ -255,7 +262,7 @@ class TestJudge:
 
     def test_rates_follow_from_the_cost(self, session: Session, quick: None) -> None:
         session.__dict__["timer"] = FakeTimer(lambda: 1e-6)
-        rows = judge.judge(rms_norm, SIZE, session)
+        rows = kernels.kernel_rows(rms_norm, SIZE, session)
         eager = {r["pass"]: r for r in rows if r["contender"] == "eager"}
         assert [eager[name]["seconds"] for name in ("forward", "backward", "both")] == [
             1e-6, 1e-6, 2e-6,
@@ -272,7 +279,7 @@ class TestJudge:
 
     def test_without_a_gradient_there_is_one_pass(self, session: Session, quick: None) -> None:
         session.__dict__["timer"] = FakeTimer()
-        rows = judge.judge(REGISTRY["newton_schulz"], SIZE, session)
+        rows = kernels.kernel_rows(REGISTRY["newton_schulz"], SIZE, session)
         assert {(r["pass"], r["whole"]) for r in rows} == {("forward", True)}
 
     def test_implementations_that_cannot_run_say_why(self) -> None:
@@ -540,7 +547,7 @@ def test_a_wrong_kernel_of_ours_fails_the_bench(
     fields: dict[str, str], outcome: type[BaseException], request: pytest.FixtureRequest
 ) -> None:
     with pytest.raises((pytest.fail.Exception, pytest.skip.Exception)) as ended:
-        replay.report(row(reason="errs", **fields), cast(Any, None), request)
+        replay(row(reason="errs", **fields), cast(Any, None), request)
     assert ended.type is outcome
     assert str(ended.value) == f"triton {fields['status']}: errs"
 
@@ -550,7 +557,7 @@ def test_peaks_of_an_unknown_machine_give_no_share(session: Session, quick: None
     session.__dict__["timer"] = FakeTimer()
     assert all(
         r["sol_datasheet"] is None
-        for r in judge.judge(rms_norm, SIZE, session)
+        for r in kernels.kernel_rows(rms_norm, SIZE, session)
         if "sol_datasheet" in r
     )
 

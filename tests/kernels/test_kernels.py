@@ -18,7 +18,7 @@ from nanochat.kernels import (
     qk_norm_rope,
     rms_norm,
 )
-from nanochat.kernels.registry import Op, format_choices, operations, select
+from nanochat.kernels.registry import Choice, Op, format_choices, operations, select
 from nanochat.kernels.roofline import bound, speed_of_light
 
 CPU = torch.device("cpu")
@@ -303,6 +303,18 @@ class TestSelect:
         chosen = {c.op: c for c in select("auto,attention=reference", CPU, torch.float32)}
         assert chosen["attention"].implementation == "reference"
         assert "asked for" in format_choices(list(chosen.values()))
+
+    def test_the_table_has_a_short_line_for_each_operation(self) -> None:
+        refused = {"triton": "a very long reason " * 20, "other": "another"}
+        choices = [*select("auto", CPU, torch.float32), Choice("x", "reference", "auto", refused)]
+        head, *lines = format_choices(choices).splitlines()
+        assert head == "kernels"
+        assert [line.split()[:2] for line in lines] == [[c.op, c.implementation] for c in choices]
+        assert all(len(line) <= 100 for line in lines)
+        assert lines[-1].endswith("...")
+        whole = format_choices(choices, verbose=True)
+        assert "not triton: a very long reason" in whole
+        assert whole.endswith("; not other: another")
 
     @pytest.mark.parametrize(
         ("spec", "message"),

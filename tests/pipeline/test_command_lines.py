@@ -1,4 +1,4 @@
-"""Commands of the base pipeline as people type them, on toy data; flags behind make them small.
+"""Commands of the base pipeline as people type them, on toy data; further flags make them small.
 
 Commands that differ in how Python starts run in processes of their own: a script by its path, a
 module, torchrun. The other spellings of the same scripts run inside this process.
@@ -38,7 +38,7 @@ SMALL = " ".join((*TINY, "--num_iterations=2"))
 SMALL_LOSS = "--device=cpu --device_batch_size=2 --split_tokens=128"
 TOKENS = f"--vocab_size={VOCAB_SIZE}"
 STABLE = "configs/dual_gpu/stable_26gb.py"
-# command as it is written -> (flags behind it, what it prints); those of a group run side by side
+# command as it is written -> (flags after it, what it prints); those of a group run side by side
 PIPELINE: list[dict[str, tuple[str, str]]] = [
     {"python nanochat/dataset.py -n 2": ("", "base_data train: ")},
     {

@@ -2,7 +2,7 @@
 
     python -m tests.pipeline.test_golden
 
-writes the stored losses anew: after a change that is meant to change numbers, and only then.
+stores the losses again: after a change that is meant to change numbers, and only then.
 """
 
 import json

@@ -32,6 +32,7 @@ from experiments.mxfp4.layers.step_randomness import StepRandomness
 from experiments.mxfp4.numbers import reference
 from experiments.mxfp4.numbers.formats import FORMATS, Quantizer, ScaledTensor
 from experiments.mxfp4.speed import forecast
+from nanochat import command
 from nanochat.kernels.optional_triton import triton
 from nanochat.tracking import environment, jsonable
 
@@ -216,4 +217,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

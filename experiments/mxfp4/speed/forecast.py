@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from experiments.mxfp4.layers.recipes import RECIPES, Product, Recipe
 from experiments.mxfp4.numbers.formats import FORMATS
-from nanochat import scaling
+from nanochat import command, scaling
 from nanochat.kernels.registry import Cost
 from nanochat.kernels.roofline import speed_of_light
 
@@ -188,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -20,6 +20,7 @@ from typing import Any
 
 from experiments.mxfp4.speed import forecast
 from experiments.mxfp4.speed.bench import BF16, LARGE, WITH_QUANTIZER
+from nanochat import command
 from nanochat.tracking import METRICS_FILE, read_records
 
 NOT_MEASURED = "not measured"
@@ -150,4 +151,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

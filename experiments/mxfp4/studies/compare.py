@@ -26,7 +26,7 @@ from experiments.mxfp4.layers import coverage
 from experiments.mxfp4.layers.convert import convert
 from experiments.mxfp4.layers.recipes import PRODUCTS, Recipe
 from experiments.mxfp4.studies.cells import PLAIN, chosen_cells
-from nanochat import configurator
+from nanochat import command, configurator
 from nanochat.common import Runtime, print0, setup_training
 from nanochat.data.dataloader import DataLoader
 from nanochat.dataset import resolve_data_dir
@@ -220,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -29,7 +29,7 @@ from experiments.mxfp4.numbers import reference
 from experiments.mxfp4.numbers.formats import Quantizer
 from experiments.mxfp4.numbers.randomness import hadamard
 from experiments.mxfp4.studies.cells import PLAIN
-from nanochat import configurator
+from nanochat import command, configurator
 from nanochat.common import print0, setup_training
 from nanochat.data.dataloader import DataLoader
 from nanochat.dataset import resolve_data_dir
@@ -202,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

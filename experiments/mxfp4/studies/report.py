@@ -22,6 +22,7 @@ from typing import Any
 
 from experiments.mxfp4.numbers.formats import FORMATS
 from experiments.mxfp4.studies.cells import GROUPS
+from nanochat import command
 
 BASELINE = "plain"
 # two-sided 95 % points of Student's t by degrees of freedom; from 10 on, that of the normal
@@ -228,4 +229,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

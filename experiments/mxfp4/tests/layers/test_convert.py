@@ -65,7 +65,7 @@ def test_kept_layers_stay() -> None:
         "blocks.0.mlp.c_proj",
         "blocks.1.mlp.c_proj",
     ]
-    assert type(built.blocks[0].mlp) is MLP, "it goes on as one operation"
+    assert type(built.blocks[0].mlp) is MLP, "it stays one operation"
     mlp = built.blocks[1].mlp
     assert isinstance(mlp, MXMLP)
     x = X[:32, :64]

@@ -131,7 +131,7 @@ def test_what_waits_for_the_backward_pass_is_small() -> None:
 
 @pytest.mark.long
 def test_compiled_gradients_are_the_same() -> None:
-    """The kernels through torch.compile's tracing: no graph break, each micro-batch rounds anew."""
+    """The kernels through torch.compile's tracing: no graph break; micro-batches round apart."""
     recipe = RECIPES["mxfp4_rht_sr"]
     gradients = []
     for compiled in (False, True):

@@ -11,14 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import cases, rows
-from bench.cases import Case
 from bench.configurations import uses
-from bench.contenders import COMPILE, EAGER, FAILURES, OURS, PEER, Contender, contenders, first_line
+from bench.contenders import (
+    COMPILE,
+    EAGER,
+    FAILURES,
+    OURS,
+    PEER,
+    Case,
+    Contender,
+    check_case,
+    contenders,
+    first_line,
+    make_case,
+    refusal,
+    refusal_at_full_size,
+    relative_errors,
+)
 from bench.measure import free, interleave, peak_memory, summarise
 from bench.peers import MisfitError
-from bench.rows import MISSING, REFUSED, TIMED, UNSAVED, Row, speedup
-from bench.session import Session
+from bench.rows import MISSING, REFUSED, TIMED, UNSAVED, Row, Session, clocks, speedup
 from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.roofline import bound, speed_of_light
 from nanochat.kernels.workloads import Workload
@@ -43,16 +55,16 @@ class Entry:
         self.status, self.reason = status, reason
 
 
-def judge(op: Op, workload: Workload, session: Session) -> list[Row]:
+def kernel_rows(op: Op, workload: Workload, session: Session) -> list[Row]:
     """Rows of every contender and pass of one operation at one size."""
     device, dtype = session.runtime.device, session.runtime.dtype
-    torch._dynamo.reset()  # beyond a few shapes of one function it falls back to eager, unasked
+    torch._dynamo.reset()  # beyond a few shapes of one function it silently falls back to eager
     torch.manual_seed(session.runtime.seed)
     entries = [Entry(contender) for contender in contenders(op, device, dtype)]
     for entry in entries:
         if entry.contender.missing:
             entry.out(MISSING, entry.contender.missing)
-    case = cases.make_case(op, workload, device, dtype)
+    case = make_case(op, workload, device, dtype)
     check(op, workload, case, entries, session)
     timed = {e.contender.name: e for e in entries if e.status == TIMED}
     if timed:
@@ -61,7 +73,7 @@ def judge(op: Op, workload: Workload, session: Session) -> list[Row]:
         for name, entry in timed.items():
             entry.samples = samples[name]
     cost = op.cost(*case.arguments)
-    shared = session.machine | rows.clocks(device) | {
+    shared = session.machine | clocks(device) | {
         "kind": "kernel",
         "op": op.name,
         "workload": workload.name,
@@ -87,10 +99,10 @@ def check(
     Eager goes first: it is the measure, at full size too where it fits.
     """
     device, dtype = session.runtime.device, session.runtime.dtype
-    small = cases.check_case(op, workload, device, dtype)
+    small = check_case(op, workload, device, dtype)
     exact = small.exact().results(op.reference)
     eager_small = small.results(op.reference)
-    errors = cases.relative_errors(eager_small, exact)
+    errors = relative_errors(eager_small, exact)
     eager: list[Tensor] | None = None
     for entry in entries:
         if entry.status != TIMED:
@@ -99,14 +111,14 @@ def check(
         try:
             # compiled once, for the size it is timed at, unless eager cannot vouch for it there
             if role != EAGER and (role != COMPILE or eager is None):
-                reason = cases.refusal(small.results(call), eager_small, exact)
+                reason = refusal(small.results(call), eager_small, exact)
                 if reason:
                     entry.out(REFUSED, reason)
                     continue
             results = case.results(call)
             if role == EAGER:
                 eager = results
-            reason = cases.refusal_at_full_size(results, eager, errors) if eager else ""
+            reason = refusal_at_full_size(results, eager, errors) if eager else ""
             if reason:
                 entry.out(REFUSED, reason)
                 continue
@@ -186,7 +198,7 @@ def _shapes(case: Case) -> str:
 
 
 def _configuration(op: Op, workload: Workload, row: Row, session: Session) -> Row:
-    """Tile sizes, warps and stages behind a timed Triton implementation."""
+    """Tile sizes, warps and stages of a timed Triton implementation."""
     is_triton = row["role"] == OURS and row["contender"].startswith("triton")
     if not is_triton or row["status"] != TIMED:
         return {}
