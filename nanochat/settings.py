@@ -60,27 +60,36 @@ class Choices:
     """The words a setting may be, or a function that gives them.
 
     A function is called when a value is checked, so a table may grow until then.
+    separator  of several words in one value; "" allows a single word. None at all is allowed too.
     """
 
     words: Iterable[str] | Callable[[], Iterable[str]]
+    separator: str = ""
 
     def known(self) -> tuple[str, ...]:
         """The words, in the order of their table."""
         return tuple(self.words() if callable(self.words) else self.words)
 
     def allows(self, value: Any) -> bool:
-        """Whether the word is one of them."""
-        return value in self.known()
+        """Whether the word, or each of several, is one of them."""
+        return not self.unknown(value)
+
+    def unknown(self, value: Any) -> list[str]:
+        """The words of the value that are not among them."""
+        words = str(value).split(self.separator) if self.separator and value else [str(value)]
+        allowed = {*self.known(), ""} if self.separator else {*self.known()}
+        return [word for word in words if word not in allowed]
 
     @property
     def allowed(self) -> str:
         """The words as a sentence has them: "stream or bestfit"."""
         *first, last = self.known()
-        return f"{', '.join(first)} or {last}" if first else last
+        words = f"{', '.join(first)} or {last}" if first else last
+        return f"{words}; several between {self.separator}" if self.separator else words
 
     def hint(self, value: Any) -> str:
         """The word that was meant, probably."""
-        near = nearest(str(value), self.known())
+        near = nearest(self.unknown(value)[0], self.known())
         return f"; did you mean {near!r}?" if near else ""
 
 

@@ -21,13 +21,7 @@ from nanochat.settings import Choices, Count, CountOrZero, Device, NonNegative, 
 from nanochat.tracking import Tracker
 from tasks.registry import chatcore_baselines, evaluated_names, get_evaluated_task
 
-# --help asks for the names, so that importing this script imports no task
-TaskNames = Annotated[
-    str,
-    tyro.conf.arg(
-        aliases=["-a"], help_behavior_hint=lambda _: f"(known: {', '.join(evaluated_names())})"
-    ),
-]
+TaskNames = Annotated[str, Choices(evaluated_names, "|"), tyro.conf.arg(aliases=["-a"])]
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class Settings:
 
     checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
     source: Annotated[str, Choices(stages.sources), tyro.conf.arg(aliases=["-i"])] = "sft"  # stage
-    task_name: TaskNames = ""  # names between |; empty is the tasks of ChatCORE
+    task_name: TaskNames = ""  # empty is the tasks of ChatCORE
     task_data: str = ""  # folder of local task files instead of the Hugging Face Hub
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # tag to look in
     temperature: Annotated[NonNegative, tyro.conf.arg(aliases=["-t"])] = 0.0  # of free answers

@@ -34,7 +34,7 @@ from nanochat.train.run import due
 from nanochat.train.session import Session, TrainingSettings, launch
 from nanochat.train.step import train_step
 from tasks.common import Task
-from tasks.registry import get_rewarded_task
+from tasks.registry import get_rewarded_task, rewarded_names
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Settings(TrainingSettings):
 
     sft_checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
     source: Annotated[str, Choices(stages.parents_of("chatrl"))] = "chatsft"  # its stage
-    task: str = "GSM8K"  # what to learn: GSM8K, SpellingBee or another generative task
+    task: Annotated[str, Choices(rewarded_names)] = "GSM8K"  # what to learn
     task_data: str = ""  # folder of local task files instead of the Hugging Face Hub
     num_iterations: CountOrMinusOne = -1  # optimizer steps; -1 derives them from the next one
     num_epochs: Count = 1  # passes over the task's training problems

@@ -30,9 +30,9 @@ from nanochat.settings import (
     Choices,
     Count,
     CountOrMinusOne,
-    CountOrZero,
     Device,
     NonNegative,
+    Range,
     Seed,
 )
 from nanochat.text.tokenizer_base import Tokenizer
@@ -58,7 +58,7 @@ class TrainingSettings:
     grad_clip: NonNegative = 0.0  # largest global gradient norm; 0 does not clip
     eval_every: CountOrMinusOne = 250  # steps between validations; -1 validates only at the end
     save_every: CountOrMinusOne = -1  # steps between checkpoints; -1 saves only at the end
-    keep_last: CountOrZero = 2  # newest checkpoints kept; 0 keeps all
+    keep_last: Annotated[int, Range(0, also=-1)] = 2  # newest checkpoints kept; 0 or -1 keeps all
     model_tag: str = ""  # folder of the checkpoints; empty is the parent model's
     resume: bool = False  # continue from the newest checkpoint of the tag, if there is one
     resume_from: str = ""  # continue from this checkpoint: file, folder, tag or step

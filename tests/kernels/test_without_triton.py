@@ -67,7 +67,7 @@ except SystemExit as error:
 HELP = """
 import runpy
 sys.argv = ["base_train", "--help"]
-runpy.run_module("scripts.base_train", run_name="__main__")
+runpy.run_module("scripts.base_train", run_name="__main__", alter_sys=True)
 """
 
 

@@ -158,5 +158,5 @@ def test_examples_in_docstrings(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_unknown_task_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown task 'GSM9K'; did you mean 'GSM8K'"):
+    with pytest.raises(SystemExit, match=r"-a=GSM9K must be .*; did you mean 'GSM8K'"):
         run_here(tmp_path, "python -m scripts.chat_eval -a GSM9K --device=cpu")
