@@ -66,7 +66,7 @@ def test_a_cell_of_another_process_is_left_to_it(base: Path, tmp_path: Path) -> 
 
 
 def test_cells_of_other_settings_are_not_mixed(base: Path, cells: Path) -> None:
-    with pytest.raises(ValueError, match=r"is of other settings.*choose another --output"):
+    with pytest.raises(SystemExit, match=r"is of other settings.*choose another --output"):
         compare(base, f"--output={cells}", "--num_iterations=4")
 
 
