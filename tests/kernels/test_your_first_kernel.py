@@ -50,11 +50,15 @@ def documented(part: str, *more: str) -> list[str]:
 
 
 def run(tree: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # as a person types it: neither interpreted nor a worker of the run that this test is part of
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "TRITON_INTERPRET" and not name.startswith("PYTEST_")
+    }
     environment["PYTHONPATH"] = str(tree)
-    environment["TORCH_COMPILE_DISABLE"] = (
-        "1"  # building C++ for the bench's other contender is slow
-    )
+    # building C++ for the bench's other contender is slow
+    environment["TORCH_COMPILE_DISABLE"] = "1"
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
 
 
