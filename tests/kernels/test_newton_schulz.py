@@ -6,6 +6,7 @@ import torch
 from nanochat.kernels.newton_schulz import (
     MUON_COEFFICIENTS,
     POLAR_EXPRESS_COEFFICIENTS,
+    newton_schulz,
     reference,
     symmetric_product,
     triton_gram,
@@ -36,6 +37,18 @@ def test_gram_form_survives_low_rank() -> None:
     singular = torch.linalg.svdvals(triton_gram(G, POLAR_EXPRESS_COEFFICIENTS)[0])
     assert singular.max() < 1.25
     assert singular[:4].min() > 0.7
+
+
+@pytest.mark.parametrize("name", list(newton_schulz.implementations))
+def test_every_scale_is_as_exact_as_the_next(name: str) -> None:
+    """Element sizes that float16 cannot hold: gradients are divided by their norm before a cast."""
+    torch.manual_seed(0)
+    unit = torch.randn(2, 40, 100)
+    for exponent in range(-12, 7, 2):
+        G = unit * 10.0**exponent
+        want = reference(G.double(), MUON_COEFFICIENTS, torch.float64)
+        got = newton_schulz.implementations[name].call(G, MUON_COEFFICIENTS)
+        assert relative(got, want) < 2e-2, f"elements of 1e{exponent}"
 
 
 def test_squarish_matrices_keep_the_definition() -> None:
