@@ -15,6 +15,7 @@
     relu2_mlp_kernels             the ReLU^2 network: products with fused epilogues
     attention                     causal attention with grouped queries, by SDPA, Flash or flex
     linear_cross_entropy          head and loss without a logits matrix: the operation
+    linear_cross_entropy_chunks   head and loss: chunks of rows in one buffer, and their products
     linear_cross_entropy_kernels  head and loss: the Triton kernels
     newton_schulz                 orthogonalisation by symmetric products, for Muon
     adamw_step                    AdamW's elementwise update in one pass

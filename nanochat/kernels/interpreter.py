@@ -1,12 +1,13 @@
 """What Triton's interpreter computes wrongly or not at all: bfloat16, FP8, block-scaled products.
 
 Triton 3.6 keeps narrow floats as raw bits there: a cast to bfloat16 truncates, `tl.dot` multiplies
-the bits, a conversion to FP8 neither carries nor saturates, and `tl.dot_scaled` does not exist.
-`patch` gives all of them the meaning that compiled kernels have. Kernels do arithmetic in float32
-only, so casts and products are all there is to replace.
+the bits, a conversion to FP8 neither carries nor saturates, and neither `tl.dot_scaled` nor inline
+PTX exists. `patch` gives all of them the meaning that compiled kernels have. Kernels do arithmetic
+in float32 only, so casts, products and the instructions of PTX are all there is to replace.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -88,6 +89,32 @@ def _dot_scaled(
     return _handle(left @ right.T + d.data, d.dtype.scalar)
 
 
+def _pack_bfloat16(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    return to_bfloat16(low).astype(np.uint32) | to_bfloat16(high).astype(np.uint32) << 16
+
+
+# PTX that kernels may hold inline: the whole text, and what it computes
+PTX: dict[str, Callable[..., np.ndarray]] = {
+    "rcp.approx.ftz.f32 $0, $1;": np.reciprocal,
+    "cvt.rn.bf16x2.f32 $0, $2, $1;": _pack_bfloat16,
+}
+
+
+class _Results(NamedTuple):
+    """What `create_inline_asm` returns: one result."""
+
+    handle: Any
+
+    def get_result(self, index: int) -> Any:
+        return self.handle
+
+
+def _inline_asm(
+    self: Any, text: str, constraints: str, values: Any, types: Any, is_pure: bool, pack: int
+) -> _Results:
+    return _Results(_handle(PTX[text](*(x.data for x in values)), types[0].scalar))
+
+
 def patch() -> None:
     """Give the interpreter these casts and products. Calling it again changes nothing."""
     builder: Any = triton.runtime.interpreter.InterpreterBuilder
@@ -96,6 +123,7 @@ def patch() -> None:
     builder.cast_impl = _cast
     builder.create_dot = _dot
     builder.create_dot_scaled = _dot_scaled
+    builder.create_inline_asm = _inline_asm
     original = builder.create_fp_to_fp  # for explicit rounding modes and what is not listed here
 
     def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:

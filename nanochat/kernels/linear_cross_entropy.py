@@ -4,7 +4,7 @@
     dlogits = (p (1 + 2 z_loss lse) - [target]) (1 - (z / softcap)^2),  p = exp(z - lse)
 
 Shapes  x: (..., D); weight: (V, D), its first vocab_size rows real and the rest padding;
-        targets: (...) of integers, IGNORE_INDEX where there is none.
+        targets: (...) of integers, ignore_index where there is none.
 Dtypes  float32, bfloat16, float16; logits, softcap and loss in float32, dW summed in float32;
         dx of a sum or mean is rounded again when the gradient of the loss multiplies it (triton).
 Saves   the logits (reference); dx and dW, computed in the forward pass chunk by chunk (triton);
@@ -13,7 +13,8 @@ Saves   the logits (reference); dx and dW, computed in the forward pass chunk by
 Cost    2 D V flops a token, three times that with the backward pass, four if logits are recomputed.
 Error   zero valid targets give a loss of 0, not NaN; a softcap above 40 needs the reference.
 Source  softcap: Gemma 2, arXiv:2408.00118, section 2; z-loss: PaLM, arXiv:2204.02311, section 5;
-        the chunks are in linear_cross_entropy_kernels.py.
+        the chunks are in
+        linear_cross_entropy_chunks.py.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.kernels.launch import needs_triton, worth_compiling
-from nanochat.kernels.linear_cross_entropy_kernels import IGNORE_INDEX, MAX_SOFTCAP, chunked, times
+from nanochat.kernels.linear_cross_entropy_chunks import IGNORE_INDEX, chunked, times
+from nanochat.kernels.linear_cross_entropy_kernels import MAX_SOFTCAP
 from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.workloads import Workload
 
@@ -46,18 +48,19 @@ def reference(
     vocab_size: int | None = None,
     reduction: str = "mean",
     z_loss: float = 0.0,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """Loss of every target ("none", shape of targets), their sum, or their mean over the valid."""
     logits = softcapped_logits(x, weight, softcap, vocab_size or weight.shape[0])
     loss = F.cross_entropy(
-        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        logits.flatten(0, -2), targets.flatten(), ignore_index=ignore_index, reduction="none"
     ).view(targets.shape)
     if z_loss:
-        loss = loss + z_loss * logits.logsumexp(dim=-1).square() * (targets != IGNORE_INDEX)
-    return _reduce(loss, targets, reduction)
+        loss = loss + z_loss * logits.logsumexp(dim=-1).square() * (targets != ignore_index)
+    return _reduce(loss, targets, reduction, ignore_index)
 
 
-def _reduce(loss: Tensor, targets: Tensor, reduction: str) -> Tensor:
+def _reduce(loss: Tensor, targets: Tensor, reduction: str, ignore_index: int) -> Tensor:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction {reduction!r} is unknown; choose one of {REDUCTIONS}")
     if reduction == "none":
@@ -65,7 +68,7 @@ def _reduce(loss: Tensor, targets: Tensor, reduction: str) -> Tensor:
     total = loss.sum()
     if reduction == "sum":
         return total
-    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+    return total / (targets != ignore_index).sum().clamp(min=1)
 
 
 def _checked(
@@ -75,7 +78,8 @@ def _checked(
     softcap: float,
     vocab_size: int | None,
     z_loss: float,
-) -> tuple[Tensor, Tensor, Tensor, float, int, float]:
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, float, int, float, int]:
     """The arguments, x as rows and targets as one; ValueError if one is wrong.
 
     A kernel would read past the end of what is too short.
@@ -93,17 +97,18 @@ def _checked(
             f"softcap {softcap} is not in (0, {MAX_SOFTCAP}], where sums of exp(z - softcap) fit "
             "float32; use --kernels=linear_cross_entropy=reference"
         )
-    return x.flatten(0, -2), weight, targets.flatten(), softcap, vocab_size or V, z_loss
+    sizes = softcap, vocab_size or V, z_loss, ignore_index
+    return x.flatten(0, -2), weight, targets.flatten(), *sizes
 
 
 class SumLoss(torch.autograd.Function):
     """Sum of the losses; its gradients are ready when the forward pass ends."""
 
     @staticmethod
-    def forward(ctx, x_ND, weight, targets_N, softcap, vocab_size, z_loss, gradients):
+    def forward(ctx, x_ND, weight, targets_N, softcap, vocab_size, z_loss, ignored, gradients):
         # of the sum, so no scale for each row is needed and the gradients need not wait for one
         losses, dx, dw = chunked(
-            x_ND, weight, targets_N, None, softcap, vocab_size, z_loss, gradients, False
+            x_ND, weight, targets_N, None, softcap, vocab_size, z_loss, ignored, gradients, False
         )
         ctx.save_for_backward(dx, dw)
         ctx.dtype = weight.dtype
@@ -113,25 +118,26 @@ class SumLoss(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         # the loss is a number: its gradient multiplies what the forward pass computed
         dx, dw = ctx.saved_tensors
-        return times(dx, grad, dx.dtype), times(dw, grad, ctx.dtype), None, None, None, None, None
+        dx, dw = times(dx, grad, dx.dtype), times(dw, grad, ctx.dtype)
+        return dx, dw, None, None, None, None, None, None
 
 
 class EachLoss(torch.autograd.Function):
     """The loss of each row; the backward pass computes the logits again."""
 
     @staticmethod
-    def forward(ctx, x_ND, weight, targets_N, softcap, vocab_size, z_loss, small):
+    def forward(ctx, x_ND, weight, targets_N, softcap, vocab_size, z_loss, ignored, small):
         ctx.save_for_backward(x_ND, weight, targets_N)
-        ctx.options = softcap, vocab_size, z_loss
+        ctx.options = softcap, vocab_size, z_loss, ignored
         ctx.small = small
-        return chunked(x_ND, weight, targets_N, None, softcap, vocab_size, z_loss, False, small)[0]
+        return chunked(x_ND, weight, targets_N, None, *ctx.options, False, small)[0]
 
     @staticmethod
     def backward(ctx, grad_N):  # pyright: ignore[reportIncompatibleMethodOverride]
         x_ND, weight, targets_N = ctx.saved_tensors
         # now the scale of each row is known
         _, dx, dw = chunked(x_ND, weight, targets_N, grad_N, *ctx.options, True, ctx.small)
-        return dx, dw.to(weight.dtype), None, None, None, None, None
+        return dx, dw.to(weight.dtype), None, None, None, None, None, None
 
 
 def triton_min_memory(
@@ -142,11 +148,12 @@ def triton_min_memory(
     vocab_size: int | None = None,
     reduction: str = "mean",
     z_loss: float = 0.0,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """`reference` in small chunks that keep nothing: dx and dW for a third more flops."""
-    inputs = _checked(x, weight, targets, softcap, vocab_size, z_loss)
+    inputs = _checked(x, weight, targets, softcap, vocab_size, z_loss, ignore_index)
     losses = EachLoss.apply(*inputs, True)
-    return _reduce(losses.view(targets.shape), targets, reduction)
+    return _reduce(losses.view(targets.shape), targets, reduction, ignore_index)
 
 
 def triton_chunked(
@@ -157,13 +164,14 @@ def triton_chunked(
     vocab_size: int | None = None,
     reduction: str = "mean",
     z_loss: float = 0.0,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """`reference` in chunks, with the gradients in the forward pass unless reduction is "none"."""
-    inputs = _checked(x, weight, targets, softcap, vocab_size, z_loss)
+    inputs = _checked(x, weight, targets, softcap, vocab_size, z_loss, ignore_index)
     if reduction == "none":
         return EachLoss.apply(*inputs, False).view(targets.shape)
     gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return _reduce(SumLoss.apply(*inputs, gradients), targets, reduction)
+    return _reduce(SumLoss.apply(*inputs, gradients), targets, reduction, ignore_index)
 
 
 def cost(x: Tensor, weight: Tensor, targets: Tensor, *args: Any, **kwargs: Any) -> Cost:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanochat.kernels import (
     attention,
     linear_cross_entropy,
+    linear_cross_entropy_chunks,
     qk_norm_rope,
     rms_norm,
 )
@@ -222,7 +223,7 @@ def test_logits_beyond_two_to_the_31_elements() -> None:
     weight = torch.randn(65_536, 16, device="cuda", dtype=torch.bfloat16)
     targets = torch.randint(65_536, (40_000,), device="cuda")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_cross_entropy, "chunk_rows", lambda x: 40_000)
+        patch.setattr(linear_cross_entropy_chunks, "chunk_rows", lambda x, V, small: 40_000)
         whole = linear_cross_entropy.triton_chunked(x, weight, targets, reduction="none")
     assert torch.equal(
         whole, linear_cross_entropy.triton_chunked(x, weight, targets, reduction="none")

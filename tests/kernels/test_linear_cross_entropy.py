@@ -1,5 +1,6 @@
 """The chunked loss: chunks, options, memory, the gradients that wait for their scale."""
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +11,21 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanochat.kernels import launch, linear_cross_entropy, linear_cross_entropy_kernels
+from nanochat.kernels import (
+    launch,
+    linear_cross_entropy,
+    linear_cross_entropy_chunks,
+    linear_cross_entropy_kernels,
+)
 from nanochat.kernels.linear_cross_entropy import reference, triton_chunked, triton_min_memory
-from nanochat.kernels.linear_cross_entropy_kernels import (
+from nanochat.kernels.linear_cross_entropy_chunks import (
     _accumulate,
     chunk_rows,
     chunked,
     extra_bytes,
-    loss_kernel,
     times,
 )
+from nanochat.kernels.linear_cross_entropy_kernels import ROW, loss_kernel, row_kernel
 from nanochat.kernels.workloads import WORKLOADS
 
 BOTH = pytest.mark.parametrize("call", [triton_chunked, triton_min_memory])
@@ -28,7 +34,7 @@ HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def set_chunk_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(linear_cross_entropy_kernels, "chunk_rows", lambda x, small: rows)
+    monkeypatch.setattr(linear_cross_entropy_chunks, "chunk_rows", lambda x, V, small: rows)
 
 
 @pytest.fixture
@@ -126,7 +132,7 @@ def test_gradient_of_the_weight_is_summed_in_float32(dtype: torch.dtype) -> None
     """A chunk of 2^-12 on a sum of 1, which 16 bits would lose."""
     dw = torch.ones(16, 8, device=HERE)
     dlogits = torch.full((4, 16), 2**-14, dtype=dtype, device=HERE)
-    _accumulate(dw, dlogits, torch.ones(4, 8, dtype=dtype, device=HERE))
+    _accumulate(dw, dlogits, torch.ones(4, 8, dtype=dtype, device=HERE), first=False)
     assert torch.equal(dw, torch.full_like(dw, 1 + 2**-12))
 
 
@@ -178,6 +184,61 @@ def test_what_does_not_fit_is_refused(
         call(**{"x": x, "weight": weight, "targets": targets, **change})
 
 
+@BOTH
+@pytest.mark.parametrize("ignore_index", [-100, 7])
+def test_ignore_index_is_an_argument(call: Callable[..., Tensor], ignore_index: int) -> None:
+    """Also where it is a token: then that token is never a target."""
+    want, got = inputs(), inputs()
+    for (x, weight, targets), compute in ((want, reference), (got, call)):
+        targets[targets < 0] = ignore_index
+        targets[1] = 7
+        compute(x, weight, targets, 15.0, 100, ignore_index=ignore_index).backward()
+    for w, g in zip(want[:2], got[:2], strict=True):
+        torch.testing.assert_close(gradient(g), gradient(w), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("V", [300, 70_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_which_kernel_runs(monkeypatch: pytest.MonkeyPatch, V: int, dtype: torch.dtype) -> None:
+    """A row of bfloat16 fits into the registers up to 65,536; the rest is read twice."""
+    kernels = []
+    monkeypatch.setattr(
+        linear_cross_entropy_kernels, "launch", lambda kernel, *a, **k: kernels.append(kernel)
+    )
+    chunked(
+        torch.zeros(2, 8, dtype=dtype), torch.zeros(V, 8, dtype=dtype), torch.zeros(2).long(),
+        None, 15.0, V, 0.0, -1, True, False,
+    )  # fmt: skip
+    in_registers = dtype == torch.bfloat16 and V == 300
+    assert kernels == [row_kernel if in_registers else loss_kernel]
+
+
+@pytest.mark.parametrize("columns", [(300, 320), (128, 128), (1000, 4096)])
+def test_row_in_registers_rounds_twice_and_no_more(columns: tuple[int, int]) -> None:
+    """The kernel alone against the formulas in float64: 2^-8 of each element at a time."""
+    torch.manual_seed(0)
+    V, padded = columns
+    z_loss = 0.02
+    logits = torch.full((6, padded), math.nan, device=HERE).bfloat16()
+    logits[:, :V] = 20 * torch.randn(6, V, device=HERE)
+    targets = torch.tensor([0, 1, V - 1, 63, -5, 5], device=HERE)
+    scales = torch.tensor([1.0, -3.0, 0.5, 1.0, 1.0, 1e-6], device=HERE)
+    exact = logits[:, :V].double().requires_grad_()
+    z = 15.0 * torch.tanh(exact / 15.0)
+    lse = z.logsumexp(dim=-1)
+    want = lse - z.gather(1, targets.clamp(min=0)[:, None])[:, 0] + z_loss * lse.square()
+    want = want * (targets != -5)
+    (want * scales).sum().backward()
+    losses = torch.empty(6, device=HERE)
+    launch.launch(
+        row_kernel, (6,), logits, targets, scales, losses, 15.0, z_loss, padded, -5, V=V,
+        PADDED=padded, SCALED=True, **(ROW.choose(logits, padded) | {"BLOCK": 128}),
+    )  # fmt: skip
+    torch.testing.assert_close(losses.double(), want.detach(), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(logits[:, :V].double(), gradient(exact), rtol=1.02 * 2**-7, atol=1e-12)
+    assert not logits[:, V:].any()
+
+
 @pytest.mark.parametrize("softcap", [0.5, 15.0, 40.0])
 def test_every_digit_of_a_gradient_from_tiny_to_capped_logits(softcap: float) -> None:
     """The kernel alone against the formulas in float64, on the logits it was given."""
@@ -193,8 +254,8 @@ def test_every_digit_of_a_gradient_from_tiny_to_capped_logits(softcap: float) ->
     want.sum().backward()
     losses = torch.empty(6, device=HERE)
     launch.launch(
-        loss_kernel, (6,), logits, targets, losses, losses, softcap, z_loss, V, V=V, PADDED=V,
-        IGNORED=-1, GRADIENTS=True, SCALED=False, BLOCK=128, num_warps=4, num_stages=1,
+        loss_kernel, (6,), logits, targets, losses, losses, softcap, z_loss, V, -1, V=V, PADDED=V,
+        GRADIENTS=True, SCALED=False, BLOCK=128, num_warps=4, num_stages=1,
     )  # fmt: skip
     torch.testing.assert_close(losses.double(), want.detach(), rtol=2e-6, atol=2e-6)
     # relative to the largest of its row: the target's own, of another size than p
@@ -210,8 +271,8 @@ def test_rows_more_than_two_billion_elements_apart() -> None:
     far = far.as_strided((3, V), (stride, 1)).copy_(rows)
     targets, losses = torch.tensor([1, 2, 3], device=HERE), torch.empty(3, device=HERE)
     launch.launch(
-        loss_kernel, (3,), far, targets, losses, losses, 15.0, 0.0, stride, V=V, PADDED=V,
-        IGNORED=-1, GRADIENTS=True, SCALED=False, BLOCK=64, num_warps=1, num_stages=1,
+        loss_kernel, (3,), far, targets, losses, losses, 15.0, 0.0, stride, -1, V=V, PADDED=V,
+        GRADIENTS=True, SCALED=False, BLOCK=64, num_warps=1, num_stages=1,
     )  # fmt: skip
     z = 15 * torch.tanh(rows.half().float() / 15)
     want = torch.nn.functional.cross_entropy(z, targets, reduction="none")
@@ -221,7 +282,7 @@ def test_rows_more_than_two_billion_elements_apart() -> None:
 def test_without_gradients_nothing_is_made_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, targets = inputs()
     with torch.no_grad():
-        losses, dx, dw = chunked(x, weight, targets, None, 15.0, 100, 0.0, False, False)
+        losses, dx, dw = chunked(x, weight, targets, None, 15.0, 100, 0.0, -1, False, False)
     assert losses.shape == (11,)
     assert dx.numel() == dw.numel() == 0
     made = []
@@ -268,7 +329,7 @@ def test_extra_memory_is_what_it_says(
     set_chunk_rows(monkeypatch, rows)
     monkeypatch.setattr(linear_cross_entropy_kernels, "launch", lambda *a, **k: None)
     # in place on a GPU; the CPU's detour over float32 operands is not the operation's
-    monkeypatch.setattr(linear_cross_entropy_kernels, "_accumulate", lambda *a: None)
+    monkeypatch.setattr(linear_cross_entropy_chunks, "_accumulate", lambda *a: None)
     # the allocations of a custom operation show when it is called as a plain function
     monkeypatch.setattr(linear_cross_entropy, "chunked", chunked._init_fn)
     monkeypatch.setattr(linear_cross_entropy, "times", times._init_fn)
@@ -284,10 +345,10 @@ def test_extra_memory_is_what_it_says(
 
 def test_sixty_five_thousand_tokens_take_less_than_one_and_a_half_gigabytes() -> None:
     w = WORKLOADS["d20"]
-    like = torch.empty(1, w.width, dtype=torch.bfloat16)
+    like = torch.empty(w.tokens, w.width, dtype=torch.bfloat16, device="meta")
     for architecture in ("sm_90", "sm_120", launch.GENERIC):
         with launch.recording(architecture):
-            rows, few = chunk_rows(like, False), chunk_rows(like, True)
+            rows, few = (chunk_rows(like, w.vocab_size, small) for small in (False, True))
         sizes = w.tokens, w.width, w.vocab_size
         assert 0.5e9 < 2 * rows * w.vocab_size < 1.1e9
         assert extra_bytes(*sizes, rows, 2) < 1.5e9
@@ -313,11 +374,11 @@ def test_chunks_are_small_only_where_memory_is_short(
 ) -> None:
     asked = []
 
-    def rows(x: Tensor, small: bool) -> int:
+    def rows(x: Tensor, V: int, small: bool) -> int:
         asked.append(small)
         return 4
 
-    monkeypatch.setattr(linear_cross_entropy_kernels, "chunk_rows", rows)
+    monkeypatch.setattr(linear_cross_entropy_chunks, "chunk_rows", rows)
     for call, small in ((triton_chunked, False), (triton_min_memory, True)):
         x, weight, targets = inputs()
         call(x, weight, targets, 15.0, 100, reduction).sum().backward()
@@ -349,10 +410,10 @@ def test_fake_strides_are_the_real_ones() -> None:
     """Inductor refuses an operation whose outputs lie otherwise than it was told."""
     x, weight, targets = (t.detach() for t in inputs())
     x = x.mT.contiguous().mT
-    real = chunked(x, weight, targets, None, 15.0, 100, 0.0, True, False)
+    real = chunked(x, weight, targets, None, 15.0, 100, 0.0, -1, True, False)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(t) for t in (x, weight, targets)]
-        fake = chunked(*fakes, None, 15.0, 100, 0.0, True, False)
+        fake = chunked(*fakes, None, 15.0, 100, 0.0, -1, True, False)
     assert [(f.shape, f.stride(), f.dtype) for f in fake] == [
         (r.shape, r.stride(), r.dtype) for r in real
     ]
@@ -373,5 +434,5 @@ def test_extra_memory_on_a_gpu(call: Callable[..., Tensor]) -> None:
     call(x, weight, targets).backward()
     torch.cuda.synchronize()
     small = call is triton_min_memory
-    foreseen = extra_bytes(N, D, V, chunk_rows(x, small), 2, recomputed=small)
+    foreseen = extra_bytes(N, D, V, chunk_rows(x, V, small), 2, recomputed=small)
     assert torch.cuda.max_memory_allocated() - before < 1.05 * foreseen < 1.5e9
