@@ -214,6 +214,11 @@ def jsonable(value: object) -> Any:
     return jsonable(item()) if callable(item) else str(value)
 
 
+def write_json(path: Path, value: object) -> None:
+    """Write a value as strict, indented JSON, whole or not at all."""
+    replace_file(path, json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n")
+
+
 def _identity(record: Mapping[str, object]) -> tuple[object, ...]:
     """What a record is about: its step and every name in it (run, kind, split, task, prompt, ...).
 
