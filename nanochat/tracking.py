@@ -180,7 +180,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def environment() -> dict[str, object]:
+def environment() -> dict[str, Any]:
     """Commit, versions and machine of this process, as plain values for a record."""
     return {
         **_commit(),
