@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.contenders import OURS
-from bench.rows import MISSING, TIMED, Row, identity, load
+from bench.contenders import MISSING, OURS, TIMED
+from bench.rows import Row, identity, load
 from nanochat.report import table
 
 TOLERANCE = 0.05

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from bench.report import markdown
-from bench.rows import Session, auto_losses
+from bench.rows import RESULTS, SMALL, Session, auto_losses
 from nanochat.common import get_base_dir, setup_training
+from nanochat.kernels.registry import operations
+from nanochat.kernels.workloads import WORKLOADS
+from nanochat.settings import near_miss
 
-RESULTS = Path(__file__).parent / "results"
 SESSION = pytest.StashKey[Session]()
 
 
@@ -24,6 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    for flag, known in (("--ops", operations()), ("--workloads", (*WORKLOADS, SMALL))):
+        for name in filter(None, config.getoption(flag).split(",")):
+            if name not in known:
+                raise pytest.UsageError(f"{flag}: {name!r} is unknown{near_miss(name, known)}")
     # a peer's warning is no reason to stop measuring
     for line in ("default", "ignore::DeprecationWarning"):
         config.addinivalue_line("filterwarnings", line)

@@ -7,7 +7,7 @@ where float64 does not fit, a contender may differ from eager by four of eager's
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from nanochat.kernels.registry import Op, select
 from nanochat.kernels.workloads import Workload
 
 EAGER, COMPILE, OURS, PEER = "eager", "compile", "ours", "peer"
+TIMED, REFUSED, MISSING = "timed", "refused", "missing"
 # What code of ours, of Triton, of the compiler or of a peer raises when it cannot run something.
 FAILURES = (
     ArithmeticError,
@@ -35,14 +36,31 @@ FAILURES = (
 )
 
 
-@dataclass(frozen=True)
+def out_of_the_race(*arguments: Any) -> Any:
+    """The call of what is missing."""
+    raise AssertionError("only contenders that are not missing are called")
+
+
+@dataclass
 class Contender:
-    """Something that computes an operation; `missing` says why it cannot take part here."""
+    """Something that computes an operation, and what came of it.
+
+    status   TIMED; MISSING if it cannot take part here, REFUSED once it fails or is wrong: `reason`
+    samples  seconds of each stage and round
+    """
 
     name: str
     role: str
-    call: Callable[..., Any] | None
-    missing: str = ""
+    call: Callable[..., Any] = out_of_the_race
+    status: str = TIMED
+    reason: str = ""
+    peak_bytes: int | None = None
+    samples: list[list[float]] = field(default_factory=list)
+
+    def out(self, status: str, reason: str) -> "Contender":
+        """It will not be timed."""
+        self.status, self.reason = status, reason
+        return self
 
 
 def names(op: Op) -> list[str]:
@@ -70,19 +88,21 @@ def _ours(op: Op, name: str, device: torch.device, dtype: torch.dtype) -> Conten
     missing = implementation.needs(device, dtype)
     if not missing and name.startswith("triton") and is_interpreting():
         missing = "interpreted: there is no time to measure"
-    return Contender(name, OURS, None if missing else implementation.call, missing)
+    contender = Contender(name, OURS, implementation.call)
+    return contender.out(MISSING, missing) if missing else contender
 
 
 def _peer(op: Op, name: str, device: torch.device) -> Contender:
+    contender = Contender(name, PEER)
     try:
-        call = PEERS[op.name][name]()
+        contender.call = PEERS[op.name][name]()
     except (ImportError, MisfitError) as error:
-        return Contender(name, PEER, None, str(error))
+        return contender.out(MISSING, str(error))
     except FAILURES as error:
-        return Contender(name, PEER, None, f"fails to import: {first_line(error)}")
+        return contender.out(MISSING, f"fails to import: {first_line(error)}")
     if device.type != "cuda" and not name.startswith("torch"):
-        return Contender(name, PEER, None, f"runs on CUDA, not on {device.type}")
-    return Contender(name, PEER, call)
+        return contender.out(MISSING, f"runs on CUDA, not on {device.type}")
+    return contender
 
 
 def auto_choices(device: torch.device, dtype: torch.dtype) -> dict[str, str]:

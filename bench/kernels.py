@@ -5,8 +5,6 @@ Passes  forward (as in training, so with what it saves), backward, both (their s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +14,11 @@ from bench.contenders import (
     COMPILE,
     EAGER,
     FAILURES,
+    MISSING,
     OURS,
     PEER,
+    REFUSED,
+    TIMED,
     Case,
     Contender,
     check_case,
@@ -30,7 +31,7 @@ from bench.contenders import (
 )
 from bench.measure import free, interleave, peak_memory, summarise
 from bench.peers import MisfitError
-from bench.rows import MISSING, REFUSED, TIMED, UNSAVED, Row, Session, clocks, speedup
+from bench.rows import Ceilings, Row, Session, clocks, speedup
 from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.roofline import bound, speed_of_light
 from nanochat.kernels.workloads import Workload
@@ -40,38 +41,18 @@ from nanochat.kernels.workloads import Workload
 PASSES = {"forward": (1, 1), "backward": (2, 1), "both": (3, 2)}
 
 
-@dataclass
-class Entry:
-    """A contender on its way: a reason as soon as it is out, samples at the end."""
-
-    contender: Contender
-    status: str = TIMED
-    reason: str = ""
-    peak_bytes: int | None = None
-    samples: list[list[float]] = field(default_factory=list)
-
-    def out(self, status: str, reason: str) -> None:
-        """It will not be timed."""
-        self.status, self.reason = status, reason
-
-
 def kernel_rows(op: Op, workload: Workload, session: Session) -> list[Row]:
     """Rows of every contender and pass of one operation at one size."""
     device, dtype = session.runtime.device, session.runtime.dtype
     torch._dynamo.reset()  # beyond a few shapes of one function it silently falls back to eager
     torch.manual_seed(session.runtime.seed)
-    entries = [Entry(contender) for contender in contenders(op, device, dtype)]
-    for entry in entries:
-        if entry.contender.missing:
-            entry.out(MISSING, entry.contender.missing)
+    everyone = contenders(op, device, dtype)
     case = make_case(op, workload, device, dtype)
-    check(op, workload, case, entries, session)
-    timed = {e.contender.name: e for e in entries if e.status == TIMED}
-    if timed:
-        stages = {name: case.stages(_call(entry)) for name, entry in timed.items()}
-        samples = interleave(stages, session.timer, session.seconds)
-        for name, entry in timed.items():
-            entry.samples = samples[name]
+    check(op, workload, case, everyone, session)
+    stages = {each.name: case.stages(each.call) for each in everyone if each.status == TIMED}
+    samples = interleave(stages, session.timer, session.seconds) if stages else {}
+    for each in everyone:
+        each.samples = samples.get(each.name, [])
     cost = op.cost(*case.arguments)
     shared = session.machine | clocks(device) | {
         "kind": "kernel",
@@ -85,14 +66,14 @@ def kernel_rows(op: Op, workload: Workload, session: Session) -> list[Row]:
     found = []
     for name in names:
         whole = {"whole": name == names[-1]}  # the pass that counts
-        found += _pass_rows(name, entries, cost, shared | whole, session)
+        found += _pass_rows(name, everyone, cost, shared | whole, session)
     for row in found:
         row["config"] = _configuration(op, workload, row, session)
     return found
 
 
 def check(
-    op: Op, workload: Workload, case: Case, entries: Sequence[Entry], session: Session
+    op: Op, workload: Workload, case: Case, everyone: Sequence[Contender], session: Session
 ) -> None:
     """Put out every contender that fails, is wrong, or does not fit the memory.
 
@@ -104,45 +85,39 @@ def check(
     eager_small = small.results(op.reference)
     errors = relative_errors(eager_small, exact)
     eager: list[Tensor] | None = None
-    for entry in entries:
-        if entry.status != TIMED:
+    for contender in everyone:
+        if contender.status != TIMED:
             continue
-        call, role = _call(entry), entry.contender.role
+        call, role = contender.call, contender.role
         try:
             # compiled once, for the size it is timed at, unless eager cannot vouch for it there
             if role != EAGER and (role != COMPILE or eager is None):
                 reason = refusal(small.results(call), eager_small, exact)
                 if reason:
-                    entry.out(REFUSED, reason)
+                    contender.out(REFUSED, reason)
                     continue
             results = case.results(call)
             if role == EAGER:
                 eager = results
             reason = refusal_at_full_size(results, eager, errors) if eager else ""
             if reason:
-                entry.out(REFUSED, reason)
+                contender.out(REFUSED, reason)
                 continue
             del results
-            entry.peak_bytes = peak_memory(case.stages(call), device)
+            contender.peak_bytes = peak_memory(case.stages(call), device)
         except MisfitError as error:
-            entry.out(MISSING, str(error))
+            contender.out(MISSING, str(error))
         except FAILURES as error:
-            entry.out(REFUSED, first_line(error))
-        if entry.status == REFUSED:
+            contender.out(REFUSED, first_line(error))
+        if contender.status == REFUSED:
             free(device)
 
 
-def _call(entry: Entry) -> Any:
-    assert entry.contender.call is not None
-    return entry.contender.call
-
-
 def _pass_rows(
-    name: str, entries: Sequence[Entry], cost: Cost, shared: Row, session: Session
+    name: str, everyone: Sequence[Contender], cost: Cost, shared: Row, session: Session
 ) -> list[Row]:
     found = []
-    for entry in entries:
-        contender = entry.contender
+    for contender in everyone:
         implementation = "reference" if contender.role == EAGER else contender.name
         can_be_auto = contender.role in (EAGER, OURS)
         row = shared | {
@@ -150,11 +125,12 @@ def _pass_rows(
             "contender": contender.name,
             "role": contender.role,
             "auto": can_be_auto and session.auto[shared["op"]] == implementation,
-            "status": entry.status,
-            "reason": entry.reason,
+            "status": contender.status,
+            "reason": contender.reason,
         }
-        if entry.status == TIMED:
-            row |= {"peak_bytes": entry.peak_bytes} | _speed(entry, name, cost, session)
+        if contender.status == TIMED:
+            row |= {"peak_bytes": contender.peak_bytes}
+            row |= _speed(contender.samples, name, cost, session.ceilings)
         found.append(row)
     for row in found:
         for role in (EAGER, COMPILE, PEER):
@@ -162,25 +138,20 @@ def _pass_rows(
     return found
 
 
-def _speed(entry: Entry, name: str, cost: Cost, session: Session) -> Row:
+def _speed(samples: Sequence[Sequence[float]], name: str, cost: Cost, ceilings: Ceilings) -> Row:
     """Time of a pass, the rates that follow from its least work, and its share of light."""
     products, traffic = PASSES[name]
-    work, ceilings = Cost(products * cost.flops, traffic * cost.bytes), session.ceilings
+    work = Cost(products * cost.flops, traffic * cost.bytes)
     flops, num_bytes = ceilings.datasheet_flops, ceilings.datasheet_bytes
     datasheet = speed_of_light(work, flops, num_bytes) if flops and num_bytes else None
-    seconds = _seconds(entry.samples, name)
-    summary = summarise(seconds)
-    return {
-        "seconds": summary.median,
-        "lower_quartile": summary.lower,
-        "upper_quartile": summary.upper,
-        "rounds": summary.rounds,
-        "tflops": work.flops / summary.median / 1e12,
-        "gb_per_s": work.bytes / summary.median / 1e9,
+    summary = summarise(_seconds(samples, name))
+    median = summary["seconds"]
+    return summary | {
+        "tflops": work.flops / median / 1e12,
+        "gb_per_s": work.bytes / median / 1e9,
         "bound": bound(work, ceilings.flops, ceilings.bytes),
-        "sol_measured": speed_of_light(work, ceilings.flops, ceilings.bytes) / summary.median,
-        "sol_datasheet": datasheet / summary.median if datasheet else None,
-        UNSAVED: seconds,
+        "sol_measured": speed_of_light(work, ceilings.flops, ceilings.bytes) / median,
+        "sol_datasheet": datasheet / median if datasheet else None,
     }
 
 

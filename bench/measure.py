@@ -9,12 +9,12 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 Stage = Callable[[Any], Any]
+UNSAVED = "samples"  # of each round: for this run's tables, quartiles do in the files
 
 FLUSH_BYTES = 2**28  # several times the largest L2 cache in nanochat/hardware.py
 WARM_SECONDS = 0.2  # clocks rise from idle within it
@@ -22,16 +22,6 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 200
 QUEUE_FACTOR = 1.5  # queued work over the host's own time for a contender
 CYCLES_PER_SECOND = 2e9  # about every GPU's boost clock: only the length of a wait hangs on it
 MAX_QUEUE_SECONDS = 0.02  # a contender that waits for the GPU would ask for ever more
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Median and quartiles of a contender's rounds, in seconds."""
-
-    median: float
-    lower: float
-    upper: float
-    rounds: int
 
 
 class Timer(Protocol):
@@ -125,10 +115,16 @@ def interleave(
     return samples
 
 
-def summarise(seconds: Sequence[float]) -> Summary:
-    """Median and quartiles of two rounds or more."""
+def summarise(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles of two rounds or more, as a row has them."""
     lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
-    return Summary(median, lower, upper, len(seconds))
+    return {
+        "seconds": median,
+        "lower_quartile": lower,
+        "upper_quartile": upper,
+        "rounds": len(seconds),
+        UNSAVED: list(seconds),
+    }
 
 
 def peak_memory(stages: Sequence[Stage], device: torch.device) -> int | None:

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.rows import TIMED, Row, auto_losses, load
+from bench.contenders import TIMED
+from bench.rows import RESULTS, Row, auto_losses, load
 from nanochat import command
 from nanochat.report import table
 
@@ -146,9 +147,6 @@ def _auto(rows: Sequence[Row]) -> list[str]:
 
 def _listing(title: str, lines: Sequence[str]) -> str:
     return f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
-
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

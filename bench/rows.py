@@ -7,41 +7,39 @@ pytest-benchmark, whose own clock sees the host only.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pynvml
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.contenders import OURS, auto_choices
-from bench.measure import Timer, timer_for
+from bench.contenders import FAILURES, OURS, REFUSED, TIMED, auto_choices, first_line
+from bench.measure import UNSAVED, Timer, timer_for
 from nanochat import hardware
-from nanochat.common import Runtime
+from nanochat.common import Runtime, replace_file
 from nanochat.kernels.launch import architecture_of
 from nanochat.tracking import environment, jsonable
 
 Row = dict[str, Any]
-UNSAVED = "samples"  # of each round: for this run's tables, quartiles do in the files
+SizeT = TypeVar("SizeT")
 IDENTITY = ("kind", "op", "workload", "dtype", "pass", "contender", "gpu")
-TIMED, REFUSED, MISSING = "timed", "refused", "missing"
+RESULTS = Path(__file__).parent / "results"
+SMALL = "cpu-small"  # the size that shows without a GPU that a measurement works
 AUTO_NOISE = 0.03  # within this share of the fastest, `auto` is as good
 
 
 def machine(device: torch.device, commit: str = "") -> Row:
     """Device, versions, commit and date of this run; `commit` where git cannot tell."""
     known = environment()
-    on_gpu = device.type == "cuda"
-    hardware = known["hardware"]
-    assert isinstance(hardware, dict)
     return {
-        "gpu": torch.cuda.get_device_name(device) if on_gpu else "none",
-        "cpu": hardware["cpu"],
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+        "cpu": known["hardware"]["cpu"],
         "commit": known["commit"] or commit or None,
         "dirty": known["dirty"],
         "torch": known["torch"],
@@ -102,11 +100,8 @@ def save(path: Path, rows: Iterable[Row]) -> None:
     known = {identity(row): row for row in (load(path) if path.exists() else [])}
     for row in rows:
         known[identity(row)] = {key: value for key, value in row.items() if key != UNSAVED}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
     lines = ",\n".join(json.dumps(jsonable(row), allow_nan=False) for row in known.values())
-    partial.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    partial.replace(path)
+    replace_file(path, f"[\n{lines}\n]\n")
 
 
 def speedup(row: Row, others: Sequence[Row]) -> float | None:
@@ -164,6 +159,7 @@ class Session:
     out: Path | None
     commit: str = ""
     rows: list[Row] = field(default_factory=list)
+    by_name: dict[str, dict[tuple[str, str], Row] | str] = field(default_factory=dict)
 
     @cached_property
     def ceilings(self) -> Ceilings:
@@ -208,11 +204,40 @@ class Session:
         """Compute dtype, as rows name it."""
         return str(self.runtime.dtype).removeprefix("torch.")
 
-    def keep(self, file: str, rows: Sequence[Row]) -> None:
-        """Take rows into the summary, and into <out>/<file>."""
-        self.rows += rows
-        if self.out is not None:
-            save(self.out / file, rows)
+    def once(
+        self, name: str, file: str, measure: Callable[[], list[Row]]
+    ) -> dict[tuple[str, str], Row]:
+        """Rows by (pass, contender), measured when first asked for; kept in <out>/<file>.
+
+        What fails, fails every test that asks for it.
+        """
+        if name not in self.by_name:
+            try:
+                rows = measure()
+            except FAILURES as error:
+                self.by_name[name] = first_line(error)
+            else:
+                self.rows += rows
+                if self.out is not None:
+                    save(self.out / file, rows)
+                self.by_name[name] = {(row["pass"], row["contender"]): row for row in rows}
+        found = self.by_name[name]
+        if isinstance(found, str):
+            pytest.fail(f"{name}: {found}", pytrace=False)
+        return found
+
+
+def chosen(wanted: str, known: Mapping[str, SizeT], small: SizeT) -> list[SizeT]:
+    """The sizes of --workloads; without names all on a GPU, the small one elsewhere."""
+    if not wanted:
+        return list(known.values()) if torch.cuda.is_available() else [small]
+    return [size for name, size in {**known, SMALL: small}.items() if name in wanted.split(",")]
+
+
+def replayed(group: str, *arguments: Any) -> Any:
+    """The arguments of a test, the last of them the contender, whose clock replays a row."""
+    mark = pytest.mark.benchmark(group=group, timer=Replay())
+    return pytest.param(*arguments, id=f"{group.replace(' ', '-')}-{arguments[-1]}", marks=mark)
 
 
 class Replay:

@@ -14,9 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.contenders import COMPILE, EAGER, FAILURES, OURS, first_line
+from bench.contenders import (
+    COMPILE,
+    EAGER,
+    FAILURES,
+    MISSING,
+    OURS,
+    REFUSED,
+    TIMED,
+    Contender,
+    first_line,
+)
 from bench.measure import free, rotated, summarise
-from bench.rows import MISSING, REFUSED, TIMED, UNSAVED, Row, Session, clocks, speedup
+from bench.rows import SMALL, Row, Session, clocks, speedup
 from nanochat import gpt, hardware
 from nanochat.kernels.registry import REGISTRY, operations, select
 from nanochat.optim import adamw, muon
@@ -43,31 +53,20 @@ class Size:
 
 
 SIZES = {size.name: size for size in (Size("d12", 12), Size("d20", 20))}
-SMALL = Size("cpu-small", 2, 4, 64, 1024)
+SMALL_SIZE = Size(SMALL, 2, 4, 64, 1024)
 
 
 @dataclass
-class Variant:
-    """A choice of kernels, and whether the model is compiled.
+class Variant(Contender):
+    """A choice of kernels, and whether the model is compiled."""
 
-    status  "missing" once it cannot be chosen here, "refused" once it fails or is wrong; `reason`
-    """
-
-    name: str
-    spec: str
     role: str = OURS
+    spec: str = ""
     compiled: bool = False
     choices: dict[str, str] = field(default_factory=dict)
     model: Any = None
     micro_batch: int = 0  # sequences
     seconds: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
-    status: str = TIMED
-    reason: str = ""
-
-    def out(self, status: str, reason: str) -> None:
-        """Measure it no more."""
-        self.status, self.reason = status, reason
 
 
 def eager_variants() -> list[Variant]:
@@ -81,23 +80,22 @@ def eager_variants() -> list[Variant]:
         if name != "reference" and f"{op.name}={name}" not in BASE_SPEC
     ]
     return [
-        Variant(BASELINE, BASE_SPEC, EAGER),
-        Variant("auto", "auto"),
-        *(Variant(choice, f"{BASE_SPEC},{choice}") for choice in alone),
-        Variant("reference", "reference", "reference"),
+        Variant(BASELINE, EAGER, spec=BASE_SPEC),
+        Variant("auto", spec="auto"),
+        *(Variant(choice, spec=f"{BASE_SPEC},{choice}") for choice in alone),
+        Variant("reference", "reference", spec="reference"),
     ]
 
 
 def compiled_variants() -> list[Variant]:
     """The baseline again, it and `auto` compiled."""
     return [
-        Variant(f"{BASELINE}, again", BASE_SPEC, EAGER),
-        Variant("auto, compile", "auto", compiled=True),
-        Variant("compile", BASE_SPEC, COMPILE, compiled=True),
+        Variant(f"{BASELINE}, again", EAGER, spec=BASE_SPEC),
+        Variant("auto, compile", spec="auto", compiled=True),
+        Variant("compile", COMPILE, spec=BASE_SPEC, compiled=True),
     ]
 
 
-FILE = "train_step.json"
 TURNS, STEPS = 3, 2  # timed steps of a variant: STEPS in each of TURNS, after one untimed
 LOSS_TOLERANCE = 0.01  # relative, between variants on the same weights
 
@@ -224,14 +222,10 @@ class Bench:
         if variant.status != TIMED:
             return row
         summary = summarise(variant.seconds)
-        rate, ceilings = self.size.tokens / summary.median, self.session.ceilings
+        rate, ceilings = self.size.tokens / summary["seconds"], self.session.ceilings
         causal, full = (self.model.estimate_flops(is_causal) for is_causal in (True, False))
         sheet = ceilings.datasheet_flops
-        return row | {
-            "seconds": summary.median,
-            "lower_quartile": summary.lower,
-            "upper_quartile": summary.upper,
-            "rounds": summary.rounds,
+        return row | summary | {
             "tokens_per_second": rate,
             "mfu_causal": hardware.mfu(causal, rate, sheet) if sheet else None,
             "mfu_nanochat": hardware.mfu(full, rate, sheet) if sheet else None,
@@ -239,14 +233,11 @@ class Bench:
             "gemm_share_nanochat": hardware.mfu(full, rate, ceilings.flops),
             "peak_bytes": variant.peak_bytes,
             "micro_batch_tokens": variant.micro_batch * self.size.length,
-            UNSAVED: variant.seconds,
-        }
+        }  # fmt: skip
 
 
 def measured(size: Size, session: Session, variants: Sequence[Variant]) -> list[Row]:
-    """Rows of the variants, on a model of their own, kept as soon as they are there."""
+    """Rows of the variants, on a model of their own."""
     torch._dynamo.reset()
     free(session.runtime.device)  # of the model measured before
-    rows = Bench(size, session).measure(variants)
-    session.keep(FILE, rows)
-    return rows
+    return Bench(size, session).measure(variants)

@@ -17,13 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from bench.configurations import Entry, Use, candidates, record, trial, uses, write_entry
 from bench.contenders import FAILURES, Case, check_case, first_line, make_case, refusal
-from bench.measure import Stage, Timer, interleave, summarise, timer_for
+from bench.measure import Stage, Timer, interleave, timer_for
 from nanochat import command
 from nanochat.common import setup_training
 from nanochat.kernels import aot
@@ -103,9 +104,9 @@ class Tuner:
                 with trial(self.architecture, task.use.config, entry):
                     result = refusal(small.results(task.call), eager, exact)
                 if not result:
-                    median = self.medians(task, case, {"": entry}, CANDIDATE_SECONDS)[""]
-                    times.append((median, index, entry))
-                    result = f"{1e6 * median:.1f} us"
+                    seconds_of = self.medians(task, case, {"": entry}, CANDIDATE_SECONDS)[""]
+                    times.append((seconds_of, index, entry))
+                    result = f"{1e6 * seconds_of:.1f} us"
             except FAILURES as error:
                 result = first_line(error)
             self.note(task, entry, result)
@@ -143,7 +144,7 @@ class Tuner:
         }
         samples = interleave(contenders, self.timer, seconds)
         return {
-            name: summarise([sum(parts) for parts in zip(*of_stages, strict=True)]).median
+            name: median([sum(parts) for parts in zip(*of_stages, strict=True)])
             for name, of_stages in samples.items()
         }
 

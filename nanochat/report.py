@@ -103,8 +103,9 @@ def collect(base_dir: Path) -> dict[str, list[Record]]:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; numbers are written as `number` does."""
-    lines = [columns, ["---"] * len(columns), *([number(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(map(number, row)) + " |" for row in rows]
+    return "\n".join(lines)
 
 
 def number(value: object) -> str:

@@ -145,3 +145,9 @@ def near_miss(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = nearest(name, names)
     return f"; did you mean {near!r}?" if near else f"; known are {', '.join(names)}"
+
+
+def require_known(what: str, name: str, known: Iterable[str]) -> None:
+    """Raise ValueError, with the nearest name or all there are, unless `name` is a known one."""
+    if name not in known:
+        raise ValueError(f"{what} {name!r} is unknown{near_miss(name, known)}")

@@ -180,7 +180,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def environment() -> dict[str, object]:
+def environment() -> dict[str, Any]:
     """Commit, versions and machine of this process, as plain values for a record."""
     return {
         **_commit(),
@@ -212,6 +212,11 @@ def jsonable(value: object) -> Any:
         return [jsonable(item) for item in value]
     item = getattr(value, "item", None)  # a numpy scalar
     return jsonable(item()) if callable(item) else str(value)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as strict, indented JSON, whole or not at all."""
+    replace_file(path, json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n")
 
 
 def _identity(record: Mapping[str, object]) -> tuple[object, ...]:

@@ -13,12 +13,12 @@ from typing import Annotated, Any
 import tyro
 
 from nanochat import command, configurator, stages
-from nanochat.common import print0, replace_file
+from nanochat.common import print0
 from nanochat.eval.tasks import chatcore, evaluate_categorical, evaluate_generative
 from nanochat.infer.sampling import SamplingSettings
 from nanochat.serve.chat_model import ChatModel, load_chat_model
 from nanochat.settings import Choices, Count, CountOrZero, Device, NonNegative, Seed
-from nanochat.tracking import Tracker
+from nanochat.tracking import Tracker, write_json
 from tasks.registry import chatcore_baselines, evaluated_names, get_evaluated_task
 
 TaskNames = Annotated[str, Choices(evaluated_names, "|"), tyro.conf.arg(aliases=["-a"])]
@@ -125,8 +125,7 @@ class Results:
         """Keep one task's result; the file is replaced atomically."""
         self.tasks[name] = values
         if runtime.is_main:
-            text = json.dumps({"settings": self.key, "tasks": self.tasks}, indent=1)
-            replace_file(self.path, text + "\n")
+            write_json(self.path, {"settings": self.key, "tasks": self.tasks})
 
 
 if __name__ == "__main__":

@@ -136,29 +136,3 @@ def sft_test_names() -> list[str]:
 def chatcore_baselines() -> dict[str, float]:
     """Guessing accuracy of each task that ChatCORE averages over."""
     return {name: entry.guessing for name, entry in entries().items() if entry.in_chatcore}
-
-
-def markdown_table() -> str:
-    """The table of docs/adding_a_task.md; `python -m dev.task_table --write` puts it there."""
-    lines = [
-        "| task | file | answers | splits | guessing | ChatCORE | reward | rows |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, entry in entries().items():
-        if entry.source is None:
-            rows = "made by the code"
-        else:
-            folders = ", ".join(f"`{place}/`" for place in entry.source.places)
-            rows = f"{folders}: {', '.join(entry.source.columns)}"
-        cells = [
-            name,
-            f"`{entry.task.__module__.replace('.', '/')}.py`",
-            "training only" if entry.task.eval_type == "none" else entry.task.eval_type,
-            ", ".join(entry.splits),
-            f"{entry.guessing:g}",
-            "yes" if entry.in_chatcore else "",
-            "yes" if entry.has_reward else "",
-            rows,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

@@ -7,13 +7,13 @@ import importlib
 import io
 import re
 import shlex
-from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
-from dev import house, scripts_reference
+from dev import scripts_reference
 from nanochat import configurator, scaling
 from nanochat.kernels.registry import operations
 from tests.support.runs import ROOT, run_here
@@ -223,24 +223,15 @@ def test_the_chinese_readme_has_the_same_parts() -> None:
         assert chinese[part] == english[part], f"README.zh-CN.md differs in its {part}"
 
 
-def generated() -> Iterable[tuple[str, Path, Callable[[str], str]]]:
-    """Each module of dev/ that writes a part of a document: (name, document, text -> text)."""
-    for package in (house.PACKAGE, *house.experiments().values()):
-        yield "house", house.document(package), partial(house.with_tables, package=package)
-    for name in sorted(path.stem for path in (ROOT / "dev").glob("*.py")):
-        module = importlib.import_module(f"dev.{name}")
-        if hasattr(module, "with_table"):
-            yield name, module.DOCUMENT, module.with_table
-    page = scripts_reference.OUTPUT
-    yield "scripts_reference", page, lambda text: scripts_reference.reference()
-
-
 def test_generated_parts_are_fresh() -> None:
+    modules = [importlib.import_module(f"dev.{path.stem}") for path in (ROOT / "dev").glob("*.py")]
+    parts = [part for module in modules for part in getattr(module, "PARTS", ())]
+    assert len(parts) >= 5, "the generated parts are not found any more"
     offenders = []
-    for name, document, renewed in generated():
-        text = document.read_text(encoding="utf-8")
-        if text != renewed(text):
-            offenders.append(f"{document.name}: run python -m dev.{name} --write")
+    for part in parts:
+        text = part.document.read_text(encoding="utf-8")
+        if text != part.renewed(text):
+            offenders.append(f"{part.document.name}: run python -m {part.command} --write")
     assert not offenders, "\n".join(offenders)
 
 

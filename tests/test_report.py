@@ -76,7 +76,7 @@ def test_tokenizer_records_become_tables(tmp_path):
     tracker.close()
     assert report.generate(tmp_path, tmp_path / "out.md")
     text = (tmp_path / "out.md").read_text()
-    assert "## Tokenizer training\n\n|  |  |\n| --- | --- |\n| vocab size | 65,536 |" in text
+    assert "## Tokenizer training\n\n|  |  |\n|---|---|\n| vocab size | 65,536 |" in text
     assert "| text | ours | gpt2 | cl100k |" in text
     assert "| code | 3.5 | 2.25 | not known |" in text
 
@@ -109,7 +109,7 @@ def test_summary_has_a_column_for_every_model(tmp_path):
     report.generate(tmp_path, tmp_path / "out.md")
     text = (tmp_path / "out.md").read_text()
     assert (
-        "## Summary\n\n|  | BASE | MID | SFT | RL |\n| --- | --- | --- | --- | --- |\n"
+        "## Summary\n\n|  | BASE | MID | SFT | RL |\n|---|---|---|---|---|\n"
         "| validation bpb | 1.5 | - | - | - |\n"
         "| CORE | 0.125 | - | - | - |\n"
         "| GSM8K | 0.25 | 0.5 | - | 0.75 |\n"

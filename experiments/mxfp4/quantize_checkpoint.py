@@ -9,6 +9,7 @@ the copy; training from it is an error.
 """
 
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 import torch
 
@@ -19,6 +20,7 @@ from experiments.mxfp4.numbers.formats import FORMATS, SCALE_MODES, Quantizer
 from nanochat import command, configurator, stages
 from nanochat.common import print0, setup_training
 from nanochat.gpt import GPT
+from nanochat.settings import Choices
 from nanochat.text.tokenizer import get_tokenizer
 from nanochat.train import checkpoint_read, checkpoint_write, run
 from nanochat.train.precision import QUANTIZED
@@ -31,10 +33,10 @@ class Settings:
     """Quantize the linear layers of a checkpoint to mxfp4."""
 
     checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
-    source: str = "sft"  # base, mid, sft or rl, where the checkpoint's path does not say it
+    source: Annotated[str, Choices(stages.sources)] = "sft"  # where the path does not say it
     model_tag: str = ""  # tag to look in
     keep: str = ""  # layers that stay in bfloat16: blocks.0,blocks.*.mlp.c_proj
-    scale_mode: str = "even"  # even, floor or rceil
+    scale_mode: Annotated[str, Choices(SCALE_MODES)] = "even"  # how a block's scale is rounded
     tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
 
 
@@ -54,10 +56,6 @@ def relative_error(model: GPT, kept: set[str], quantizer: Quantizer) -> float:
 @torch.no_grad()
 def main() -> None:
     settings = configurator.load(Settings)
-    if settings.scale_mode not in SCALE_MODES:
-        raise ValueError(
-            f"scale_mode {settings.scale_mode!r} is unknown; choose {', '.join(SCALE_MODES)}"
-        )
     quantizer = Quantizer(FORMAT, settings.scale_mode)
     keep = [part.strip() for part in settings.keep.split(",") if part.strip()]
     runtime = setup_training("cpu")

@@ -78,9 +78,10 @@ def test_a_planted_task_is_found_everywhere(plant, capsys: pytest.CaptureFixture
     assert "Parity" in capsys.readouterr().out
     # the table in the documents is out of date, and says so
     row = "| Parity | `tasks/parity.py` | generative | train, test | 0.5 | yes | yes |"
-    assert row in registry.markdown_table()
-    page = task_table.DOCUMENT.read_text(encoding="utf-8")
-    assert page != task_table.with_table(page)
+    assert row in task_table.table()
+    (part,) = task_table.PARTS
+    page = part.document.read_text(encoding="utf-8")
+    assert page != part.renewed(page)
     with pytest.raises(ValueError, match="unknown task 'Paritie'; did you mean 'Parity'"):
         registry.get_task("Paritie")
 
@@ -136,11 +137,6 @@ def test_every_entry_makes_its_task() -> None:
             assert entry.splits == entry.source.splits
     for name in ("ARC-Easy", "ARC-Challenge"):
         assert list(registry.get_task(name, task_data=DATA)) == list(ARC(name, "test", DATA))
-
-
-def test_the_table_in_the_documents_is_fresh() -> None:
-    page = task_table.DOCUMENT.read_text(encoding="utf-8")
-    assert page == task_table.with_table(page), "run python -m dev.task_table --write"
 
 
 MODULES = [module.name for module in pkgutil.iter_modules(tasks.__path__, "tasks.")]

@@ -125,10 +125,7 @@ def matmul_op(
 
 
 @matmul_op.register_fake
-def _(
-    a: Tensor, a_scales: Tensor, a_tensor_scale: Tensor | None,
-    b: Tensor, b_scales: Tensor, b_tensor_scale: Tensor | None, fmt: str, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def _(a, a_scales, a_tensor_scale, b, b_scales, b_tensor_scale, fmt, dtype):
     return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
 
 
@@ -141,12 +138,7 @@ def matmul_add_op(
     _multiply(a, a_scales, a_tensor_scale, b, b_scales, b_tensor_scale, fmt, "add", out, splits)
 
 
-@matmul_add_op.register_fake
-def _(
-    out: Tensor, a: Tensor, a_scales: Tensor, a_tensor_scale: Tensor | None,
-    b: Tensor, b_scales: Tensor, b_tensor_scale: Tensor | None, fmt: str, splits: int,
-) -> None:  # fmt: skip
-    return None
+matmul_add_op.register_fake(lambda *arguments: None)
 
 
 @torch.library.custom_op("mxfp4::matmul_relu2", mutates_args=())
@@ -167,11 +159,7 @@ def matmul_relu2_op(
 
 
 @matmul_relu2_op.register_fake
-def _(
-    a: Tensor, a_scales: Tensor, a_tensor_scale: Tensor | None,
-    b: Tensor, b_scales: Tensor, b_tensor_scale: Tensor | None,
-    fmt: str, quantizer: str, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(a, a_scales, a_tensor_scale, b, b_scales, b_tensor_scale, fmt, quantizer, keep):
     M, N = a.shape[0], b.shape[0]
     post = a.new_empty((M, N) if keep else 0, dtype=torch.bfloat16)
     return (*empty_outputs(a, quantizer, M, N), post)

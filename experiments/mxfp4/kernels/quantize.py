@@ -147,10 +147,7 @@ def quantize_op(
 
 
 @quantize_op.register_fake
-def _(
-    x: Tensor, rows: str, columns: str, prologue: str,
-    seed: Tensor | None, stream: int, signs: Tensor | None, scale: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _(x, rows, columns, prologue, seed, stream, signs, scale):
     M, K = x.shape
     return (*empty_outputs(x, rows, M, K), *empty_outputs(x, columns, K, M))
 

@@ -8,7 +8,6 @@ Both make the same operands bit for bit; their products differ by the order of f
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from experiments.mxfp4.kernels.quantize import quantize as quantize_kernel
 from experiments.mxfp4.numbers import reference
 from experiments.mxfp4.numbers.formats import Quantizer, ScaledTensor
 from experiments.mxfp4.numbers.randomness import hadamard
+from nanochat.settings import require_known
 
 
 @dataclass(frozen=True)
@@ -39,37 +39,14 @@ def relu2(x: Tensor) -> Tensor:
     return x.relu().square()
 
 
-class Backend(Protocol):
-    """Quantizes the two orientations of a matrix, and multiplies quantized ones."""
-
-    name: str
-
-    def quantize(
-        self,
-        x: Tensor,
-        rows: OperandSpec | None,
-        columns: OperandSpec | None,
-        seed: Tensor,
-        stream: int,
-        squared: bool = False,
-    ) -> Pair:
-        """(Q(f(x)), Q(f(x)^T)); f is relu(x)^2 if `squared`.
-
-        seed, stream  of stochastic rounding, as in kernels.quantize
-        """
-        ...
-
-    def multiply(self, a: ScaledTensor, b: ScaledTensor, dtype: torch.dtype) -> Tensor:
-        """a b^T."""
-        ...
-
-    def weight_gradient(self, a: ScaledTensor, b: ScaledTensor) -> Tensor:
-        """a b^T in float32, of few rows and a long contracted axis."""
-        ...
-
-
 class Native:
-    """The Triton kernels."""
+    """The Triton kernels.
+
+    quantize         (Q(f(x)), Q(f(x)^T)) of a matrix; f is relu(x)^2 if `squared`; seed and stream
+                     of stochastic rounding, as in kernels.quantize
+    multiply         a b^T
+    weight_gradient  a b^T in float32, of few rows and a long contracted axis
+    """
 
     name = "native"
 
@@ -129,7 +106,7 @@ def _share_a_pass(rows: OperandSpec, columns: OperandSpec) -> bool:
 
 
 class Emulated:
-    """Plain PyTorch."""
+    """The same methods in plain PyTorch."""
 
     name = "emulate"
 
@@ -143,19 +120,22 @@ class Emulated:
         squared: bool = False,
     ) -> Pair:
         x = relu2(x) if squared else x
-        # NaN passes through, as in the kernels: the training loop looks at the loss anyway
-        common: dict[str, Any] = {"seed": seed, "stream": stream, "propagate": True}
-        return (
-            rows and reference.quantize(x, rows.quantizer, signs=rows.signs, **common),
-            columns
-            and reference.quantize(
-                x.mT.contiguous(),  # strided passes are slow
-                columns.quantizer,
-                signs=columns.signs,
-                transposed=True,
-                **common,
-            ),
-        )
+
+        def orientation(spec: OperandSpec | None, transposed: bool) -> ScaledTensor | None:
+            if spec is None:
+                return None
+            return reference.quantize(
+                x.mT.contiguous() if transposed else x,  # strided passes are slow
+                spec.quantizer,
+                seed=seed,
+                stream=stream,
+                transposed=transposed,
+                signs=spec.signs,
+                # NaN passes through, as in the kernels: the training loop looks at the loss anyway
+                propagate=True,
+            )
+
+        return orientation(rows, False), orientation(columns, True)
 
     def multiply(self, a: ScaledTensor, b: ScaledTensor, dtype: torch.dtype) -> Tensor:
         # the scale of an nvfp4 tensor comes last: without it elements fit TF32 and bfloat16
@@ -174,11 +154,11 @@ def _elements(t: ScaledTensor) -> Tensor:
     return reference.dequantize(t)
 
 
+Backend = Native | Emulated
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Native(), Emulated())}
 
 
 def find_backend(name: str) -> Backend:
     """The backend "native" or "emulate"; ValueError for another."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    require_known("backend", name, BACKENDS)
     return BACKENDS[name]

@@ -5,7 +5,6 @@ loss (kernels.linear_cross_entropy), and its gradients are the most sensitive on
 too. `keep` names what else stays.
 """
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -22,6 +21,7 @@ from experiments.mxfp4.layers.linear import MXMLP, STREAMS, MXLinear
 from experiments.mxfp4.layers.recipes import Recipe
 from experiments.mxfp4.layers.step_randomness import StepRandomness
 from nanochat.gpt import GPT, MLP, Linear
+from nanochat.settings import nearest
 
 HEAD = "lm_head"
 
@@ -67,8 +67,8 @@ def kept_layers(names: Iterable[str], keep: Sequence[str]) -> set[str]:
         chosen = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")}
         if not chosen:
             parts = {".".join(n.split(".")[:i]) for n in names for i in range(1, 5)}
-            near = difflib.get_close_matches(pattern, sorted(parts), n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            near = nearest(pattern, sorted(parts))
+            hint = f"did you mean {near!r}? " if near else ""
             raise ValueError(
                 f"keep: no layer is called {pattern!r}; {hint}layers are {names[0]} to "
                 f"{names[-1]}; blocks.0 stands for all layers of a block, "

@@ -20,11 +20,11 @@
 every step. The forward pass has none: it is never random, so evaluation sees the trained model.
 """
 
-import difflib
 from dataclasses import dataclass
 
 from experiments.mxfp4.numbers.formats import FORMATS, Quantizer
 from experiments.mxfp4.numbers.randomness import HADAMARD
+from nanochat.settings import require_known
 
 PRODUCTS = ("fprop", "dgrad", "wgrad")
 SIGNS = ("fixed", "random", "none")
@@ -140,8 +140,5 @@ RECIPES = {
 
 def find_recipe(name: str) -> Recipe:
     """The recipe of that name; ValueError, with the nearest name, for another."""
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"recipe {name!r} is unknown; {hint}known: {', '.join(RECIPES)}")
+    require_known("recipe", name, RECIPES)
     return RECIPES[name]

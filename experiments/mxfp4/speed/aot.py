@@ -12,10 +12,8 @@ one product of each format is compiled to see that it is not native.
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from experiments.mxfp4.numbers.formats import FORMATS, Quantizer, ScaledTensor
 from experiments.mxfp4.numbers.layout import swizzled_shape
 from nanochat.kernels import aot
 from nanochat.kernels.launch import Launch, recording
+from nanochat.tracking import write_json
 
 NATIVE_TARGETS = ("sm_100", "sm_120")
 RMS_NORM_PAIRS = (("mxfp4 even", "mxfp4 even"), ("mxfp8_e4m3 rceil", "mxfp4 even hadamard"))
@@ -149,8 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     for target, answers in native.items():
         print(target, "native:", ", ".join(f for f, yes in answers.items() if yes) or "nothing")
     if args.json:
-        document = {"rows": [asdict(row) for row in done], "native": native}
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(args.json, {"rows": done, "native": native})
     return aot.verdict(done)
 
 

@@ -34,7 +34,7 @@ from experiments.mxfp4.numbers.formats import FORMATS, Quantizer, ScaledTensor
 from experiments.mxfp4.speed import forecast
 from nanochat import command
 from nanochat.kernels.optional_triton import triton
-from nanochat.tracking import environment, jsonable
+from nanochat.tracking import environment, write_json
 
 DEPTHS = (8, 12, 20)
 TOKENS = 16_384
@@ -210,9 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     rows = measure(all_cases(torch.device("cuda")), gpu_seconds)
     document = {"environment": environment(), "instructions": instructions, "rows": rows}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(jsonable(document), indent=1)
-    arguments.output.write_text(text + "\n", encoding="utf-8")
+    write_json(arguments.output, document)
     print(arguments.output)
 
 

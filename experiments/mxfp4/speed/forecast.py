@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from experiments.mxfp4.layers.recipes import RECIPES, Product, Recipe
 from experiments.mxfp4.numbers.formats import FORMATS
-from nanochat import command, scaling
+from nanochat import command, report, scaling
 from nanochat.kernels.registry import Cost
 from nanochat.kernels.roofline import speed_of_light
 
@@ -149,11 +149,8 @@ def step_seconds(
 
 def table(title: str, rows: dict[str, list[float]]) -> str:
     """Markdown of ratios by depth."""
-    lines = [f"| {title} | " + " | ".join(f"d{depth}" for depth in DEPTHS) + " |"]
-    lines.append("|" + "---|" * (len(DEPTHS) + 1))
-    for name, ratios in rows.items():
-        lines.append(f"| {name} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
-    return "\n".join(lines)
+    lines = [(name, *(f"{ratio:.2f}" for ratio in ratios)) for name, ratios in rows.items()]
+    return report.table((title, *(f"d{depth}" for depth in DEPTHS)), lines)
 
 
 def ratios(name: str, rates: Rates, what: str) -> list[float]:

@@ -21,7 +21,8 @@ from typing import Any
 from experiments.mxfp4.speed import forecast
 from experiments.mxfp4.speed.bench import BF16, LARGE, WITH_QUANTIZER
 from nanochat import command
-from nanochat.tracking import METRICS_FILE, read_records
+from nanochat.report import table
+from nanochat.tracking import METRICS_FILE, read_records, write_json
 
 NOT_MEASURED = "not measured"
 BENCH, STEPS = "bench.json", "steps.json"
@@ -130,11 +131,9 @@ def read_rows(folder: Path) -> list[Mapping[str, Any]]:
 
 def markdown(rows: Rows) -> str:
     """The table."""
-    lines = ["| RTX 5090 | others | upper bound (forecast) | this code |", "|---|---|---|---|"]
-    for figure in figures():
-        cells = (figure.what, figure.others, figure.bound, figure.read(rows))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    columns = ("RTX 5090", "others", "upper bound (forecast)", "this code")
+    lines = [(f.what, f.others, f.bound, f.read(rows)) for f in figures()]
+    return table(columns, lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -145,8 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.runs:
         groups = (group.partition("=") for group in arguments.runs)
         steps = [step_row(shape, Path(run)) for shape, _, runs in groups for run in runs.split(":")]
-        text = json.dumps({"rows": steps}, indent=1)
-        (arguments.folder / STEPS).write_text(text + "\n", encoding="utf-8")
+        write_json(arguments.folder / STEPS, {"rows": steps})
     sys.stdout.write(markdown(read_rows(arguments.folder) if arguments.folder else []))
 
 

@@ -10,9 +10,8 @@ An ablation quantizes some products to mxfp4, the others run in the compute dtyp
                                          the last is the recipe mxfp4_rht_sr
 """
 
-import difflib
-
 from experiments.mxfp4.layers.recipes import FP4, FP4_H, RECIPES, Product, Recipe
+from nanochat.settings import require_known
 
 PLAIN = Recipe("plain")
 FP4_SR = Product.of("mxfp4 rceil stochastic")
@@ -37,12 +36,7 @@ GROUPS = {
     "which product": ("fprop_only", "dgrad_only", "wgrad_only"),
     "scale of the forward pass": ("fprop_floor", "fprop_rceil", "fprop_only"),
     "rounding of the backward pass": ("bwd_rtn", "bwd_sr", "bwd_rht_rtn", "mxfp4_rht_sr"),
-    "transform of the backward pass": (
-        "bwd_rtn",
-        "bwd_h_rtn",
-        "bwd_hs_rtn",
-        "bwd_rht_rtn",
-    ),
+    "transform of the backward pass": ("bwd_rtn", "bwd_h_rtn", "bwd_hs_rtn", "bwd_rht_rtn"),
 }
 CELLS = {PLAIN.name: PLAIN, **RECIPES, **ABLATIONS}
 
@@ -54,8 +48,5 @@ def chosen_cells(names: str) -> list[Recipe]:
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()] or list(CELLS)
     for name in wanted:
-        if name not in CELLS:
-            near = difflib.get_close_matches(name, CELLS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"cell {name!r} is unknown; {hint}known: {', '.join(CELLS)}")
+        require_known("cell", name, CELLS)
     return [CELLS[name] for name in dict.fromkeys([PLAIN.name, *wanted])]

@@ -35,7 +35,7 @@ from nanochat.kernels.registry import format_choices, select
 from nanochat.optim import schedule
 from nanochat.text.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.text.tokenizer_base import Tokenizer
-from nanochat.tracking import environment, jsonable
+from nanochat.tracking import environment, write_json
 from nanochat.train import run
 from nanochat.train.step import set_rates, train_step
 
@@ -208,10 +208,7 @@ def main() -> None:
             if finished(path, record):
                 continue
             values = train_cell(settings, recipe, seed, text, token_bytes)
-            temporary = path.with_suffix(".tmp")
-            document = jsonable({**record, **values, **facts})
-            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            write_json(path, {**record, **values, **facts})
         print0(
             f"{recipe.name:16} seed {seed} | validation bpb {values['bpb']:.4f} | training loss "
             f"{values['train_loss']:.4f} | {values['seconds']:.0f} s"

@@ -12,8 +12,6 @@ way of QUANTIZERS:
 v is the operand that is quantized: with a Hadamard transform, the transformed one.
 """
 
-import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,8 +33,9 @@ from nanochat.data.dataloader import DataLoader
 from nanochat.dataset import resolve_data_dir
 from nanochat.gpt import GPT
 from nanochat.kernels.registry import select
+from nanochat.report import table
 from nanochat.text.tokenizer import get_tokenizer
-from nanochat.tracking import environment, jsonable
+from nanochat.tracking import environment, write_json
 from nanochat.train import run
 
 QUANTIZERS = (
@@ -142,6 +141,14 @@ def markdown(document: Mapping[str, Any]) -> str:
     """Relative errors in thousandths, a table for each of activations, weights and gradients."""
     rows: Sequence[Mapping[str, Any]] = document["rows"]
     kinds = list(dict.fromkeys(row["layers"] for row in rows))
+    cells = {
+        (row["layers"], row["operand"], row["quantizer"]): (
+            f"{1e3 * row['relative_error']:.1f} ({row['alignment']:.3f})"
+            if row["relative_error"] is not None
+            else ""
+        )
+        for row in rows
+    }
     parts = ["# Quantization errors of a trained model's operands", document["what"]]
     for title, names in (
         ("Activations", OPERANDS[:2]),
@@ -149,21 +156,9 @@ def markdown(document: Mapping[str, Any]) -> str:
         ("Gradients", OPERANDS[4:]),
     ):
         columns = [(kind, name) for kind in kinds for name in names]
-        lines = ["| | " + " | ".join(f"{kind} {name}" for kind, name in columns) + " |"]
-        lines.append("|" + "---|" * (len(columns) + 1))
-        for text in QUANTIZERS:
-            by_column = {
-                (row["layers"], row["operand"]): row for row in rows if row["quantizer"] == text
-            }
-            values = []
-            for column in columns:
-                cell = by_column[column]
-                empty = cell["relative_error"] is None
-                values.append(
-                    "" if empty else f"{1e3 * cell['relative_error']:.1f} ({cell['alignment']:.3f})"
-                )
-            lines.append(f"| {text} | " + " | ".join(values) + " |")
-        parts.append(f"## {title}\n\n" + "\n".join(lines))
+        lines = [(text, *(cells[(*column, text)] for column in columns)) for text in QUANTIZERS]
+        heads = ("", *(" ".join(column) for column in columns))
+        parts.append(f"## {title}\n\n{table(heads, lines)}")
     parts.append("Relative squared error in thousandths, alignment in brackets.")
     return "\n\n".join(parts) + "\n"
 
@@ -182,7 +177,7 @@ def main() -> None:
     loader = DataLoader(
         tokenizer, folder, "val", settings.batch_size, length, device=runtime.device
     )
-    (batch,) = itertools.islice(iter(lambda: next(loader), None), 1)
+    batch = next(loader)
     loader.close()
     rows = measure(operands(model, batch.inputs, batch.targets))
     config = meta["model_config"]
@@ -193,9 +188,7 @@ def main() -> None:
     )
     document = {"what": what, "settings": asdict(settings), "rows": rows}
     output = Path(settings.output or runtime.base_dir / "mxfp4" / "errors.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    whole = jsonable(document | {"environment": environment()})
-    output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    write_json(output, document | {"environment": environment()})
     output.with_suffix(".md").write_text(markdown(document), encoding="utf-8")
     print0(output.with_suffix(".md"))
     runtime.close()

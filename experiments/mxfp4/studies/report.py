@@ -23,6 +23,7 @@ from typing import Any
 from experiments.mxfp4.numbers.formats import FORMATS
 from experiments.mxfp4.studies.cells import GROUPS
 from nanochat import command
+from nanochat.report import table
 
 BASELINE = "plain"
 # two-sided 95 % points of Student's t by degrees of freedom; from 10 on, that of the normal
@@ -88,7 +89,9 @@ def difference(cells: Mapping[int, Cell], baseline: Mapping[int, Cell]) -> Diffe
     return Difference(fmean(pairs), error, len(pairs))
 
 
-def row(name: str, cells: Mapping[int, Cell], baseline: Mapping[int, Cell], timed: bool) -> str:
+def row(
+    name: str, cells: Mapping[int, Cell], baseline: Mapping[int, Cell], timed: bool
+) -> tuple[object, ...]:
     """A line of a table; `timed` adds the speed of cells that are not emulated."""
     first = next(iter(cells.values()))
     delta = difference(cells, baseline)
@@ -112,9 +115,8 @@ def row(name: str, cells: Mapping[int, Cell], baseline: Mapping[int, Cell], time
     bpb = fmean(cell["bpb"] for cell in cells.values())
     shown = "" if delta is None or name == BASELINE else str(delta)
     mark = " *" if delta is not None and delta.significant and name != BASELINE else ""
-    columns = (name, path, *formats[:2], formats[2] + signs, f"{low:.0%}", f"{bpb:.4f}",
-               shown + mark, len(cells), speed)  # fmt: skip
-    return "| " + " | ".join(map(str, columns)) + " |"
+    return (name, path, *formats[:2], formats[2] + signs, f"{low:.0%}", f"{bpb:.4f}",
+            shown + mark, len(cells), speed)  # fmt: skip
 
 
 def facts(cells: Sequence[Cell]) -> list[str]:
@@ -170,10 +172,8 @@ def verdict(named: Mapping[str, Mapping[int, Cell]]) -> str:
     )
 
 
-HEADER = (
-    "| | path | fprop | dgrad | wgrad | FLOPs in FP4/FP8 | bpb | difference +- s.e. | seeds | "
-    "tokens/s |\n|---|---|---|---|---|---|---|---|---|---|"
-)
+COLUMNS = ("", "path", "fprop", "dgrad", "wgrad", "FLOPs in FP4/FP8", "bpb", "difference +- s.e.",
+           "seeds", "tokens/s")  # fmt: skip
 
 
 def markdown(cells: Sequence[Cell]) -> str:
@@ -188,7 +188,7 @@ def markdown(cells: Sequence[Cell]) -> str:
         present = [name for name in names if name in named]
         if present:
             rows = [row(name, named[name], baseline, timed) for name in (BASELINE, *present)]
-            parts.append(f"## {title[0].upper()}{title[1:]}\n\n" + "\n".join([HEADER, *rows]))
+            parts.append(f"## {title[0].upper()}{title[1:]}\n\n" + table(COLUMNS, rows))
     parts.append(
         "bpb: bits per byte of the validation text. *: further from 0 than the 95 % point of "
         "Student's t. Emulated products compute the native numbers in another time: no speed."

@@ -126,7 +126,7 @@ def test_quantizing_twice_is_an_error(base: Path, quantized: str) -> None:
     command = "python -m experiments.mxfp4.quantize_checkpoint"
     with pytest.raises(SystemExit, match="quantized already"):
         run_here(base, command, "--checkpoint=mxfp4/base_checkpoints/latest.pt")
-    with pytest.raises(SystemExit, match="scale_mode 'odd' is unknown"):
+    with pytest.raises(SystemExit, match="--scale_mode=odd must be floor, rceil or even"):
         run_here(base, command, "--scale_mode=odd")
 
 

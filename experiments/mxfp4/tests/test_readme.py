@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from dev import house
 from experiments.mxfp4.speed import forecast, measured
 from experiments.mxfp4.studies import error_tables, report
 from experiments.mxfp4.studies.cells import CELLS
@@ -47,8 +46,3 @@ def test_the_readme_shows_what_was_computed() -> None:
     plain, transformed, signed = (f"{1e3 * column[n]['relative_error']:.1f}" for n in names)
     assert f"from {plain} to {transformed} thousandths" in text
     assert f"it is {signed}." in text
-
-
-def test_the_readme_lists_the_rooms() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert text == house.with_tables(text, README.parent), "run python -m dev.house --write"

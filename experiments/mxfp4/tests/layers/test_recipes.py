@@ -58,7 +58,7 @@ def test_a_recipe_cannot_be_changed() -> None:
 def test_an_unknown_recipe(name: str, near: str) -> None:
     with pytest.raises(ValueError, match=f"recipe '{name}' is unknown; did you mean '{near}'"):
         find_recipe(name)
-    with pytest.raises(ValueError, match="known: mxfp8, mxfp4_rtn,"):
+    with pytest.raises(ValueError, match="known are mx8f_mx4b, mx8f_mx4b_sr,"):
         find_recipe("???")
 
 
