@@ -36,10 +36,6 @@ from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.roofline import bound, speed_of_light
 from nanochat.kernels.workloads import Workload
 
-# Least work of a pass as (FLOPs, bytes) in forward passes: two products for each of the forward's,
-# and a backward that reads and writes no less than the forward did. Every operation does more.
-PASSES = {"forward": (1, 1), "backward": (2, 1), "both": (3, 2)}
-
 
 def kernel_rows(op: Op, workload: Workload, session: Session) -> list[Row]:
     """Rows of every contender and pass of one operation at one size."""
@@ -62,7 +58,7 @@ def kernel_rows(op: Op, workload: Workload, session: Session) -> list[Row]:
         "tokens": workload.tokens,
         "shapes": _shapes(case),
     }  # fmt: skip
-    names = list(PASSES) if case.leaves else ["forward"]
+    names = list(cost.passes())
     found = []
     for name in names:
         whole = {"whole": name == names[-1]}  # the pass that counts
@@ -140,8 +136,7 @@ def _pass_rows(
 
 def _speed(samples: Sequence[Sequence[float]], name: str, cost: Cost, ceilings: Ceilings) -> Row:
     """Time of a pass, the rates that follow from its least work, and its share of light."""
-    products, traffic = PASSES[name]
-    work = Cost(products * cost.flops, traffic * cost.bytes)
+    work = cost.passes()[name]
     flops, num_bytes = ceilings.datasheet_flops, ceilings.datasheet_bytes
     datasheet = speed_of_light(work, flops, num_bytes) if flops and num_bytes else None
     summary = summarise(_seconds(samples, name))

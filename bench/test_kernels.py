@@ -9,8 +9,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.contenders import make_case, names
-from bench.kernels import PASSES, kernel_rows
+from bench.contenders import names
+from bench.kernels import kernel_rows
 from bench.rows import SMALL, Session, chosen, replay, replayed
 from nanochat.kernels.registry import Op, operations
 from nanochat.kernels.workloads import WORKLOADS, Workload
@@ -22,8 +22,8 @@ SMALL_WORKLOAD = Workload(SMALL, 1, 256, tokens=256, vocab_size=1024)
 @functools.cache
 def passes(op: Op) -> tuple[str, ...]:
     """All, or forward alone for an operation without a gradient."""
-    case = make_case(op, SMALL_WORKLOAD, torch.device("meta"), torch.float32)
-    return tuple(PASSES) if case.leaves else ("forward",)
+    arguments = op.workload(SMALL_WORKLOAD, torch.device("meta"), torch.float32)
+    return tuple(op.cost(*arguments).passes())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -222,13 +222,14 @@ def cost(
     window: int | None = None,
     kv_lengths_B: Tensor | None = None,
 ) -> Cost:
-    """Forward: visible pairs only; q, k, v read and y written once."""
+    """Two products over the visible pairs; backward four, and the scores again, which nothing
+    keeps. q, k, v and y; with dy, dq, dk and dv backward."""
     T, S = q_BTHD.shape[1], k_BSHD.shape[1]
     span = S if window is None else min(window, S)
     pairs = sum(min(S - T + t + 1, span) for t in range(T))
-    elements = 2 * q_BTHD.numel() + k_BSHD.numel() + v_BSHD.numel()
-    heads = q_BTHD.shape[0] * q_BTHD.shape[2] * q_BTHD.shape[3]
-    return Cost(4 * heads * pairs, elements * q_BTHD.element_size())
+    moved = (2 * q_BTHD.numel() + k_BSHD.numel() + v_BSHD.numel()) * q_BTHD.element_size()
+    product = 2 * q_BTHD.shape[0] * q_BTHD.shape[2] * q_BTHD.shape[3] * pairs
+    return Cost(2 * product, moved, Cost(5 * product, 2 * moved))
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:

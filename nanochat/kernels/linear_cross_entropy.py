@@ -175,10 +175,10 @@ def triton_chunked(
 
 
 def cost(x: Tensor, weight: Tensor, targets: Tensor, *args: Any, **kwargs: Any) -> Cost:
-    """Forward: one product; x and weight read once, no logits in memory."""
-    return Cost(
-        2 * targets.numel() * weight.numel(), (x.numel() + weight.numel()) * x.element_size()
-    )
+    """One product, two backward; x and weight in, their gradients out, and no logits in memory."""
+    flops = 2 * targets.numel() * weight.numel()
+    moved = (x.numel() + weight.numel()) * x.element_size()
+    return Cost(flops, moved, Cost(2 * flops, 2 * moved))
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:

@@ -61,9 +61,11 @@ def triton_norm_rope(
     return triton_forward(x_BTHD, cos, sin, x_BTHD.shape[2], offsets_B, scale)[0]
 
 
-def cost(x_BTHD: Tensor, *args: Any, **kwargs: Any) -> Cost:
-    """Forward: one read, one write."""
-    return Cost(14 * x_BTHD.numel(), 2 * x_BTHD.numel() * x_BTHD.element_size())
+def cost(x_BTHD: Tensor, cos: Tensor, *args: Any, **kwargs: Any) -> Cost:
+    """x and y; x, dy and dx. Each time the rows of both tables that T positions need."""
+    size, T = x_BTHD.numel(), x_BTHD.shape[1]
+    moved, tables = size * x_BTHD.element_size(), 2 * T * cos.shape[-1] * cos.element_size()
+    return Cost(14 * size, 2 * moved + tables, Cost(20 * size, 3 * moved + tables))
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:

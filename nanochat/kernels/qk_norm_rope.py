@@ -80,10 +80,13 @@ def triton_qk_norm_rope(
 def cost(
     qkv_BTE: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, *args: Any
 ) -> Cost:
-    """Forward: q and k read once and written once."""
-    share = (num_heads + num_kv_heads) / (num_heads + 2 * num_kv_heads)
-    whole = norm_rope.cost(qkv_BTE)
-    return Cost(share * whole.flops, share * whole.bytes)
+    """Of the heads of q and k as in norm_rope; the gradient of v is read and written besides."""
+    heads = qkv_BTE.unflatten(-1, (num_heads + 2 * num_kv_heads, 2 * cos.shape[-1]))
+    qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=2)
+    of_qk = norm_rope.cost(qk, cos)
+    assert of_qk.backward is not None
+    moved = of_qk.backward.bytes + 2 * v.numel() * v.element_size()
+    return Cost(of_qk.flops, of_qk.bytes, Cost(of_qk.backward.flops, moved))
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:

@@ -46,10 +46,24 @@ def runs_everywhere(device: torch.device, dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call must do at least: floating-point operations and bytes of device memory."""
+    """What a pass must do at least: floating-point operations, and bytes moved to and from memory.
+
+    Every tensor that comes in or goes out is moved once. backward is the cost of the backward pass,
+    None for an operation without one: rms_norm moves x and y forward, and x, dy and dx backward.
+    """
 
     flops: float
     bytes: float
+    backward: "Cost | None" = None
+
+    def passes(self) -> dict[str, "Cost"]:
+        """Cost of "forward", and where there is one of "backward" and of "both"."""
+        forward = Cost(self.flops, self.bytes)
+        if self.backward is None:
+            return {"forward": forward}
+        back = self.backward
+        both = Cost(self.flops + back.flops, self.bytes + back.bytes)
+        return {"forward": forward, "backward": back, "both": both}
 
 
 @dataclass(frozen=True)

@@ -88,10 +88,14 @@ def triton_pointwise(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
 
 
 def cost(x: Tensor, w_up: Tensor, w_down: Tensor) -> Cost:
-    """Forward: two matrix products; x, both weights and y once, the activation written and read."""
-    tokens = x.numel() // x.shape[-1]
-    elements = 2 * x.numel() + w_up.numel() + w_down.numel() + 2 * tokens * w_up.shape[0]
-    return Cost(4 * tokens * w_up.numel(), elements * x.element_size())
+    """Two products, four backward; each tensor once, but for the activation and its gradient,
+    which are written and read again (both backward, where the activation is read once)."""
+    tokens, size = x.numel() // x.shape[-1], x.element_size()
+    inputs, hidden = x.numel() + w_up.numel() + w_down.numel(), tokens * w_up.shape[0]
+    flops = 4 * tokens * w_up.numel()
+    # backward: the inputs, dy and the activation in, dpre written and read, three gradients out
+    moved = 2 * inputs + x.numel() + 3 * hidden
+    return Cost(flops, (inputs + x.numel() + 2 * hidden) * size, Cost(2 * flops, moved * size))
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

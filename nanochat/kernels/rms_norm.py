@@ -212,13 +212,15 @@ triton_add_rms_norm.register_autograd(_add_backward, setup_context=_save_sum)
 
 
 def cost(x: Tensor) -> Cost:
-    """Forward: one read, one write."""
-    return Cost(4 * x.numel(), 2 * x.numel() * x.element_size())
+    """x and y; x, dy and dx."""
+    size = x.numel() * x.element_size()
+    return Cost(4 * x.numel(), 2 * size, Cost(10 * x.numel(), 3 * size))
 
 
 def add_cost(x: Tensor, delta: Tensor) -> Cost:
-    """Forward: two reads, two writes."""
-    return Cost(5 * x.numel(), 4 * x.numel() * x.element_size())
+    """x, d, x' and y; x', dy, dx' and the gradient that x and d share."""
+    size = x.numel() * x.element_size()
+    return Cost(5 * x.numel(), 4 * size, Cost(11 * x.numel(), 4 * size))
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor]]:

@@ -275,8 +275,9 @@ class TestKernelRows:
         assert eager["forward"]["gb_per_s"] == pytest.approx(num_bytes / 1e-6 / 1e9)
         assert eager["forward"]["sol_measured"] == pytest.approx(num_bytes / 1e11 / 1e-6)
         assert eager["forward"]["sol_datasheet"] == pytest.approx(num_bytes / 2e11 / 1e-6)
-        assert eager["both"]["sol_measured"] == pytest.approx(2 * num_bytes / 1e11 / 2e-6)
-        assert eager["both"]["tflops"] == pytest.approx(3 * 4 * 16 * 128 / 2e-6 / 1e12)
+        # x and y, then x, dy and dx
+        assert eager["both"]["sol_measured"] == pytest.approx(2.5 * num_bytes / 1e11 / 2e-6)
+        assert eager["both"]["tflops"] == pytest.approx((4 + 10) * 16 * 128 / 2e-6 / 1e12)
         assert {r["contender"] for r in rows if r["auto"]} == {"eager"}
         assert eager["both"]["over_eager"] == 1.0
         assert eager["both"]["over_peer"] is None

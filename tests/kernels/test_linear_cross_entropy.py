@@ -235,7 +235,9 @@ def test_row_in_registers_rounds_twice_and_no_more(columns: tuple[int, int]) -> 
         PADDED=padded, SCALED=True, **(ROW.choose(logits, padded) | {"BLOCK": 128}),
     )  # fmt: skip
     torch.testing.assert_close(losses.double(), want.detach(), rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(logits[:, :V].double(), gradient(exact), rtol=1.02 * 2**-7, atol=1e-12)
+    torch.testing.assert_close(
+        logits[:, :V].double(), gradient(exact), rtol=1.02 * 2**-7, atol=1e-12
+    )
     assert not logits[:, V:].any()
 
 
