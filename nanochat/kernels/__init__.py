@@ -6,7 +6,10 @@
     interpreter                   narrow floats as hardware computes them, in Triton's interpreter
     workloads                     sizes of each operation inside d12, d20, d32
     roofline                      FLOPs and bytes -> speed-of-light seconds
+    compiled                      what a compiled kernel does: trip counts, instructions, bytes
     aot                           compile every configuration for SM90 and SM120 without a GPU
+    unexecuted                    launches of a step of any size, without running it
+    forecast                      a kernel's time from its compiled code, without a GPU
     rms_norm                      RMSNorm, alone and fused with the residual addition
     norm_rope                     rotary embedding and norm of the heads of one tensor
     norm_rope_kernels             rotary embedding and norm: the Triton kernels

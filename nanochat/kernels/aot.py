@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nanochat.kernels import optional_triton
+from nanochat.kernels.compiled import count_instructions, read_work
 from nanochat.kernels.launch import Launch, recording
 from nanochat.kernels.optional_triton import triton
 from nanochat.kernels.registry import Op, operations
@@ -90,6 +91,8 @@ class Row:
 
     sizes     of the calls that launch it
     products  its matrix instructions
+    special   special functions that a thread takes in one program; `issued`, all its instructions,
+              None where the loops of the binary could not be told apart
     faults    empty if it ships
     """
 
@@ -103,6 +106,8 @@ class Row:
     spills: int
     shared_bytes: int
     products: str
+    special: float
+    issued: float | None
     seconds: float
     faults: str
 
@@ -170,6 +175,15 @@ def build(launch: Launch, capability: int) -> Binary:
     return Binary(registers, spills, compiled.metadata.shared, seconds, *texts)
 
 
+def count(launch: Launch, binary: Binary) -> tuple[float, float | None]:
+    """Special functions and instructions of one thread, by the loops' real trip counts."""
+    work, threads = read_work(launch, binary.ttir), 32 * launch.options["num_warps"]
+    counted = count_instructions(binary.sass, work, threads)
+    if counted is None:
+        return work.special / threads, None
+    return counted.special, counted.issued
+
+
 def gate(calls: Iterable[Call], target: str, products: Products = tensor_cores) -> Iterator[Row]:
     """Compile what the calls launch, each distinct kernel once, and look for faults."""
     # A kernel is distinct if Triton would compile it again: other constants, types or divisibility.
@@ -182,6 +196,7 @@ def gate(calls: Iterable[Call], target: str, products: Products = tensor_cores) 
     for launch, of_calls in distinct.values():
         binary = build(launch, TARGETS[target].capability)
         found, fault = products(launch, binary, TARGETS[target])
+        special, issued = count(launch, binary)
         faults = [fault] if fault else []
         if binary.spills:
             faults.append(f"{binary.spills} spills")
@@ -192,7 +207,7 @@ def gate(calls: Iterable[Call], target: str, products: Products = tensor_cores) 
             target, of_calls[0].op, launch.kernel.__name__, of_calls[0].dtype,
             ",".join(dict.fromkeys(call.size for call in of_calls)),
             " ".join(f"{k}={v}" for k, v in launch.options.items()),
-            binary.registers, binary.spills, binary.shared_bytes, found,
+            binary.registers, binary.spills, binary.shared_bytes, found, special, issued,
             round(binary.seconds, 2), ", ".join(faults),
         )  # fmt: skip
 

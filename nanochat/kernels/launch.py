@@ -26,6 +26,7 @@ from nanochat.kernels.optional_triton import triton
 
 TABLES = Path(__file__).parent / "configs"
 GENERIC = "generic"  # the architecture of everything that is not a CUDA GPU
+MULTIPROCESSORS = {"sm_90": 132, "sm_120": 170}  # of an H100 SXM or H200; of an RTX 5090
 SELECTORS = ("up_to", "element_size", "origin")
 Entry = dict[str, Any]
 CONFIGS: dict[str, "Config"] = {}  # by kernel
@@ -50,6 +51,7 @@ class Launch:
     kernel: Any
     arguments: tuple[Any, ...]
     options: dict[str, Any]
+    grid: tuple[int, ...] = (1,)
 
 
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
@@ -80,13 +82,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         raise RuntimeError(optional_triton.MISSING)
     recorder = _recorder.get()
     if recorder is not None:
-        recorder.launches.append(Launch(kernel, arguments, options))
+        recorder.launches.append(Launch(kernel, arguments, options, grid))
     elif isinstance(kernel, triton.runtime.interpreter.InterpretedFunction):
         interpreter.patch()
         with np.errstate(all="ignore"):  # masked lanes compute on padding
             kernel[grid](*arguments, **options)
     else:
         kernel[grid](*arguments, **options)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU that launches run on, or are recorded for; the interpreter is one."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        return MULTIPROCESSORS.get(recorder.architecture, 1)
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def cdiv(a: int, b: int) -> int:

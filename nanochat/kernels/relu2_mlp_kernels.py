@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.kernels.launch import Config, cdiv, launch
+from nanochat.kernels.launch import Config, cdiv, launch, multiprocessors
 from nanochat.kernels.optional_triton import tl, triton
 from nanochat.kernels.rms_norm import as_rows
 
@@ -191,9 +191,7 @@ def _precision(x: Tensor) -> str | None:
 
 def _programs(device: torch.device) -> int:
     """Size of a persistent grid; the interpreter is one multiprocessor."""
-    if device.type != "cuda":
-        return PROGRAMS_PER_SM
-    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    return PROGRAMS_PER_SM * multiprocessors(device)
 
 
 def aligned(x: Tensor) -> Tensor:
