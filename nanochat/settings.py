@@ -142,12 +142,14 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 def near_miss(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the name that was meant, or all there are."""
-    names = sorted(known)
+    names = list(known)
     near = nearest(name, names)
     return f"; did you mean {near!r}?" if near else f"; known are {', '.join(names)}"
 
 
 def require_known(what: str, name: str, known: Iterable[str]) -> None:
-    """Raise ValueError, with the nearest name or all there are, unless `name` is a known one."""
-    if name not in known:
-        raise ValueError(f"{what} {name!r} is unknown{near_miss(name, known)}")
+    """Raise ValueError, with all that are known and the nearest, unless `name` is one of them."""
+    choices = Choices(known)
+    if not choices.allows(name):
+        allowed = f"{choices.allowed}{choices.hint(name)}"
+        raise ValueError(f"{what} {name!r} is unknown; choose {allowed}")
