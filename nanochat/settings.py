@@ -107,6 +107,18 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 Device = Annotated[str, Choices(("auto", "cuda", "mps", "cpu"))]
 
 
+@dataclass(frozen=True)
+class ModelSettings:
+    """Settings of every script that uses a trained model; it may declare one of them again."""
+
+    checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
+    model_tag: str = ""  # tag to look in when --checkpoint is empty or a step
+    tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
+    device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
+    kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
+    verbose: bool = False  # print why each operation runs as it does
+
+
 def rule_of(hint: Any) -> Rule | None:
     """The Range or Choices of an annotation, None where it has neither."""
     found = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Rule)]
