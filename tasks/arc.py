@@ -74,7 +74,6 @@ TASKS = tuple(
     TaskEntry(
         subset,
         ARC,
-        source.splits,
         arguments=(subset,),
         guessing=0.25,
         in_chatcore=True,

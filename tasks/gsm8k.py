@@ -73,13 +73,4 @@ def solution_parts(solution: str) -> list[dict[str, str]]:
     return parts
 
 
-TASKS = (
-    TaskEntry(
-        "GSM8K",
-        GSM8K,
-        GSM8K.source.splits,
-        in_chatcore=True,
-        has_reward=True,
-        source=GSM8K.source,
-    ),
-)
+TASKS = (TaskEntry("GSM8K", GSM8K, source=GSM8K.source, in_chatcore=True, has_reward=True),)
