@@ -29,7 +29,8 @@ class TaskEntry:
 
     name          in --task_name, --task, records and reports
     task          its class; called as task(*arguments, split, task_data, **options)
-    splits        that it has, by default those of its source; evaluation uses "test", reinforcement learning trains on "train"
+    splits        that it has, those of its source where there is one; evaluation uses "test",
+                  reinforcement learning trains on "train"
     arguments     before the split, where one class serves several tasks
     guessing      accuracy of a model that knows nothing: 1 / choices, or 0 for free answers
     in_chatcore   whether ChatCORE averages over it
