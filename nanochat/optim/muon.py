@@ -120,9 +120,7 @@ class Muon(BucketOptimizer):
             weight,
             gradient,
             momentum_LMN,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
+            **{name: group[name] for name in ("lr", "momentum", "weight_decay")},
             coefficients=self.coefficients,
             compute_dtype=self.compute_dtype,
         )

@@ -255,8 +255,20 @@ class HuggingFaceTokenizer(Tokenizer):
         return token_id
 
     def encode_ordinary_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
-        """As the base class says; the library chooses its threads itself."""
-        return [self._ordinary(text) for text in texts]
+        """As the base class says; the library chooses its threads itself.
+
+        It does not look for special tokens: their text is cut by the model alone.
+        """
+        pre_tokenizer, model = self.tokenizer.pre_tokenizer, self.tokenizer.model
+        assert pre_tokenizer is not None
+        return [
+            [
+                token.id
+                for piece, _ in pre_tokenizer.pre_tokenize_str(text)
+                for token in model.tokenize(piece)
+            ]
+            for text in texts
+        ]
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
@@ -266,16 +278,6 @@ class HuggingFaceTokenizer(Tokenizer):
         special = self.get_special_tokens()
         names = [self.tokenizer.id_to_token(i) for i in range(self.get_vocab_size())]
         return [None if n in special else bytes(to_byte[c] for c in n or "") for n in names]
-
-    def _ordinary(self, text: str) -> list[int]:
-        """Encode without looking for special tokens: their text is cut by the model alone."""
-        pre_tokenizer, model = self.tokenizer.pre_tokenizer, self.tokenizer.model
-        assert pre_tokenizer is not None
-        return [
-            token.id
-            for piece, _ in pre_tokenizer.pre_tokenize_str(text)
-            for token in model.tokenize(piece)
-        ]
 
 
 def replace_surrogates(text: str) -> str:
