@@ -17,7 +17,6 @@ from nanochat.kernels.registry import Op
 from nanochat.kernels.workloads import Workload
 
 RECORD_TOKENS = 128  # sizes of configurations are widths: row counts do not enter
-DTYPE_OF_SIZE = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 MAX_WARPS, MAX_STAGES = 16, 6
 
 
@@ -56,14 +55,11 @@ def uses(
 ) -> list[Use]:
     """Every configuration a call looks up, once."""
     recorder, in_forward = record(op, implementation, workload, architecture, dtype)
-    found = []
-    with recording(architecture):
-        for config, size, element_size in dict.fromkeys(recorder.lookups):
-            like = torch.empty(0, dtype=DTYPE_OF_SIZE[element_size])
-            is_forward = (config, size, element_size) in recorder.lookups[:in_forward]
-            entry = config.choose(like, size)
-            found.append(Use(config, size, element_size, is_forward, entry))
-    return found
+    found: dict[tuple[Config, int, int], Use] = {}
+    for i, (config, size, element_size, entry) in enumerate(recorder.lookups):
+        use = Use(config, size, element_size, i < in_forward, entry)
+        found.setdefault((config, size, element_size), use)
+    return list(found.values())
 
 
 @contextlib.contextmanager

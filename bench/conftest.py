@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bench.report import markdown
-from bench.rows import RESULTS, SMALL, Session, auto_losses
+from bench.rows import RESULTS, auto_losses
+from bench.session import SMALL, Session
 from nanochat.common import get_base_dir, setup_training
 from nanochat.kernels.registry import operations
 from nanochat.kernels.workloads import WORKLOADS

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import Stage
-from bench.peers import PEERS, MisfitError
+from bench.peers import PEERS
 from nanochat.kernels.optional_triton import TritonError, is_interpreting
 from nanochat.kernels.registry import Op, select
 from nanochat.kernels.workloads import Workload
@@ -36,11 +36,6 @@ FAILURES = (
 )
 
 
-def out_of_the_race(*arguments: Any) -> Any:
-    """The call of what is missing."""
-    raise AssertionError("only contenders that are not missing are called")
-
-
 @dataclass
 class Contender:
     """Something that computes an operation, and what came of it.
@@ -51,7 +46,7 @@ class Contender:
 
     name: str
     role: str
-    call: Callable[..., Any] = out_of_the_race
+    call: Any = None  # where it is missing
     status: str = TIMED
     reason: str = ""
     peak_bytes: int | None = None
@@ -71,16 +66,14 @@ def names(op: Op) -> list[str]:
 
 def contenders(op: Op, device: torch.device, dtype: torch.dtype) -> list[Contender]:
     """All of `names`, loaded where possible."""
+    compiled = torch.compile(op.reference, fullgraph=True, dynamic=False)
+    ours = [name for name in op.implementations if name != "reference"]
     return [
         Contender(EAGER, EAGER, op.reference),
-        Contender(
-            COMPILE, COMPILE, torch.compile(op.reference, fullgraph=True, dynamic=False)
-        ),
-        *(
-            _ours(op, name, device, dtype) for name in op.implementations if name != "reference"
-        ),
+        Contender(COMPILE, COMPILE, compiled),
+        *(_ours(op, name, device, dtype) for name in ours),
         *(_peer(op, name, device) for name in PEERS.get(op.name, {})),
-    ]  # fmt: skip
+    ]
 
 
 def _ours(op: Op, name: str, device: torch.device, dtype: torch.dtype) -> Contender:
@@ -93,10 +86,12 @@ def _ours(op: Op, name: str, device: torch.device, dtype: torch.dtype) -> Conten
 
 
 def _peer(op: Op, name: str, device: torch.device) -> Contender:
-    contender = Contender(name, PEER)
+    contender, loader = Contender(name, PEER), PEERS[op.name][name]
+    if isinstance(loader, str):
+        return contender.out(MISSING, loader)
     try:
-        contender.call = PEERS[op.name][name]()
-    except (ImportError, MisfitError) as error:
+        contender.call = loader()
+    except ImportError as error:
         return contender.out(MISSING, str(error))
     except FAILURES as error:
         return contender.out(MISSING, f"fails to import: {first_line(error)}")

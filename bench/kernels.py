@@ -31,7 +31,8 @@ from bench.contenders import (
 )
 from bench.measure import free, interleave, peak_memory, summarise
 from bench.peers import MisfitError
-from bench.rows import Ceilings, Row, Session, clocks, speedup
+from bench.rows import Row, speedup
+from bench.session import Ceilings, Session
 from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.roofline import bound, speed_of_light
 from nanochat.kernels.workloads import Workload
@@ -50,14 +51,13 @@ def kernel_rows(op: Op, workload: Workload, session: Session) -> list[Row]:
     for each in everyone:
         each.samples = samples.get(each.name, [])
     cost = op.cost(*case.arguments)
-    shared = session.machine | clocks(device) | {
+    shared = {
         "kind": "kernel",
         "op": op.name,
         "workload": workload.name,
-        "dtype": session.dtype,
         "tokens": workload.tokens,
         "shapes": _shapes(case),
-    }  # fmt: skip
+    }
     names = list(cost.passes())
     found = []
     for name in names:
@@ -116,16 +116,9 @@ def _pass_rows(
     for contender in everyone:
         implementation = "reference" if contender.role == EAGER else contender.name
         can_be_auto = contender.role in (EAGER, OURS)
-        row = shared | {
-            "pass": name,
-            "contender": contender.name,
-            "role": contender.role,
-            "auto": can_be_auto and session.auto[shared["op"]] == implementation,
-            "status": contender.status,
-            "reason": contender.reason,
-        }
+        is_auto = can_be_auto and session.auto[shared["op"]] == implementation
+        row = session.row(contender, shared | {"pass": name, "auto": is_auto})
         if contender.status == TIMED:
-            row |= {"peak_bytes": contender.peak_bytes}
             row |= _speed(contender.samples, name, cost, session.ceilings)
         found.append(row)
     for row in found:

@@ -9,11 +9,14 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 Stage = Callable[[Any], Any]
+# Runs the stages once, after so many seconds of other work where that can hide the launches; gives
+# the seconds of each, and the host's seconds for all.
+Timer = Callable[[Sequence[Stage], float], tuple[list[float], float]]
 UNSAVED = "samples"  # of each round: for this run's tables, quartiles do in the files
 
 FLUSH_BYTES = 2**28  # several times the largest L2 cache in nanochat/hardware.py
@@ -24,25 +27,14 @@ CYCLES_PER_SECOND = 2e9  # about every GPU's boost clock: only the length of a w
 MAX_QUEUE_SECONDS = 0.02  # a contender that waits for the GPU would ask for ever more
 
 
-class Timer(Protocol):
-    """Runs the stages once; returns the seconds of each, and the host's seconds for all."""
-
-    def __call__(self, stages: Sequence[Stage], queue_seconds: float) -> tuple[list[float], float]:
-        """queue_seconds of other work go first where they can hide the launches."""
-        ...
-
-
-class HostTimer:
-    """Times on the host's clock."""
-
-    def __call__(self, stages: Sequence[Stage], queue_seconds: float) -> tuple[list[float], float]:
-        """No launches to hide: queue_seconds does not matter."""
-        seconds, value = [], None
-        for stage in stages:
-            begin = time.perf_counter()
-            value = stage(value)
-            seconds.append(time.perf_counter() - begin)
-        return seconds, sum(seconds)
+def host_timer(stages: Sequence[Stage], queue_seconds: float) -> tuple[list[float], float]:
+    """Times on the host's clock. There are no launches to hide: queue_seconds does not matter."""
+    seconds, value = [], None
+    for stage in stages:
+        begin = time.perf_counter()
+        value = stage(value)
+        seconds.append(time.perf_counter() - begin)
+    return seconds, sum(seconds)
 
 
 class CUDATimer:
@@ -76,7 +68,7 @@ class CUDATimer:
 
 def timer_for(device: torch.device) -> Timer:
     """Events on a CUDA device, the host's clock elsewhere."""
-    return CUDATimer(device) if device.type == "cuda" else HostTimer()
+    return CUDATimer(device) if device.type == "cuda" else host_timer
 
 
 def rotated(names: Sequence[str], turn: int) -> list[str]:

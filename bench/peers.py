@@ -1,8 +1,8 @@
 """Other libraries' versions of our operations, called as our operations are.
 
-A loader imports the library and returns the callable; ImportError says that it is not installed,
-MisfitError that it computes something else. torch's own attention and the flash-attention packages
-are implementations of our registry, not peers.
+A loader imports the library and returns the callable; ImportError says that it is not installed.
+Where a library has nothing that computes the operation, the table says why. torch's own attention
+and the flash-attention packages are implementations of our registry, not peers.
 """
 
 import functools
@@ -19,20 +19,17 @@ from nanochat.kernels.newton_schulz import NORM_EPS, Coefficients
 from nanochat.kernels.rms_norm import EPS
 
 Loader = Callable[[], Callable[..., Any]]
+LIGER_ROPE = "liger rotates its inputs in place, the other way round, and has no norm in it"
 
 
 class MisfitError(ValueError):
-    """The library has no function that computes the operation."""
+    """The library's function does not compute the operation with these arguments."""
 
 
 @functools.cache
-def _step_count(step: int, device: torch.device) -> Tensor:
-    return torch.tensor(float(step), device=device)
-
-
-@functools.cache
-def _ones(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones(width, dtype=dtype, device=device)
+def _constant(value: float, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+    """A tensor that a library asks for, and that would be made anew in every call."""
+    return torch.full(shape, value, dtype=dtype, device=device)
 
 
 def _liger() -> Any:
@@ -50,7 +47,7 @@ def liger_add_rms_norm() -> Callable[..., Any]:
     liger = _liger()
 
     def call(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        weight = _ones(x.shape[-1], x.dtype, x.device)
+        weight = _constant(1.0, x.shape[-1:], x.dtype, x.device)
         y, total = liger.liger_fused_add_rms_norm(x, delta, weight, EPS, 0.0, "gemma", False)
         return total, y
 
@@ -84,13 +81,6 @@ def liger_linear_cross_entropy() -> Callable[..., Any]:
     return call
 
 
-def liger_rope() -> Callable[..., Any]:
-    """No fit."""
-    raise MisfitError(
-        "liger rotates its inputs in place, the other way round, and has no norm in it"
-    )
-
-
 def quack_rms_norm() -> Callable[..., Any]:
     """QuACK's RMSNorm on CuTe."""
     quack = importlib.import_module("quack.rmsnorm")
@@ -112,11 +102,6 @@ def quack_relu2_mlp() -> Callable[..., Any]:
     """QuACK's MLP: ReLU^2 in the epilogues of its own matrix products."""
     quack = importlib.import_module("quack.mlp")
     return lambda x, w_up, w_down: quack.mlp_func(x, w_up, w_down, "relu_sq")
-
-
-def quack_linear_cross_entropy() -> Callable[..., Any]:
-    """No fit."""
-    raise MisfitError("quack's linear cross-entropy has no softcap")
 
 
 def torch_muon() -> Callable[..., Any]:
@@ -151,21 +136,10 @@ def gram_newton_schulz() -> Callable[..., Any]:
 def torch_fused_adamw() -> Callable[..., Any]:
     """The step inside torch.optim.AdamW(fused=True)."""
 
-    def call(
-        weight: Tensor,
-        gradient: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        step: int,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> None:
-        lists = [weight], [gradient], [exp_avg], [exp_avg_sq], []
+    def call(weight, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
         torch._fused_adamw_(
-            *lists,
-            [_step_count(step, weight.device)],
+            *([weight], [gradient], [exp_avg], [exp_avg_sq], []),
+            [_constant(float(step), (), torch.float32, weight.device)],
             lr=lr,
             beta1=betas[0],
             beta2=betas[1],
@@ -178,17 +152,17 @@ def torch_fused_adamw() -> Callable[..., Any]:
     return call
 
 
-# operation -> peer -> loader
-PEERS: dict[str, dict[str, Loader]] = {
+# operation -> peer -> loader, or why there is none
+PEERS: dict[str, dict[str, Loader | str]] = {
     "adamw_step": {"torch_fused": torch_fused_adamw},
     "rms_norm": {"liger": liger_rms_norm, "quack": quack_rms_norm},
     "add_rms_norm": {"liger": liger_add_rms_norm, "quack": quack_add_rms_norm},
-    "norm_rope": {"liger": liger_rope},
-    "qk_norm_rope": {"liger": liger_rope},
+    "norm_rope": {"liger": LIGER_ROPE},
+    "qk_norm_rope": {"liger": LIGER_ROPE},
     "relu2_mlp": {"liger": liger_relu2_mlp, "quack": quack_relu2_mlp},
     "linear_cross_entropy": {
         "liger": liger_linear_cross_entropy,
-        "quack": quack_linear_cross_entropy,
+        "quack": "quack's linear cross-entropy has no softcap",
     },
     "newton_schulz": {"torch_muon": torch_muon, "gram_newton_schulz": gram_newton_schulz},
 }

@@ -14,7 +14,7 @@ the share of the measured GEMM rate count causal FLOPs and, after the slash, nan
 import argparse
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,66 @@ from bench.rows import RESULTS, Row, auto_losses, load
 from nanochat import command
 from nanochat.report import table
 
-KERNEL_COLUMNS = (
-    "contender", "ms", "quartiles", "x eager", "x compile", "x best peer",
-    "TFLOP/s", "GB/s", "light %", "peak MiB", "configuration",
-)  # fmt: skip
-STEP_COLUMNS = (
-    "kernels", "ms", "quartiles", "tok/s", "x sdpa", "MFU %", "of GEMM %",
-    "peak GiB", "micro-batch",
+Columns = dict[str, Callable[[Row], object]]
+
+
+def _shares(*names: str) -> Callable[[Row], str]:
+    """A cell of percentages, one after the other."""
+    return lambda row: "/".join(
+        "?" if row[name] is None else f"{100 * row[name]:.1f}" for name in names
+    )
+
+
+def _memory(unit: int) -> Callable[[Row], float | None]:
+    return lambda row: None if row["peak_bytes"] is None else row["peak_bytes"] / unit
+
+
+def _over(role: str) -> Callable[[Row], object]:
+    return lambda row: row[f"over_{role}"] or "-"
+
+
+def _settings(row: Row) -> str:
+    """The configuration of each kernel."""
+    return "; ".join(
+        f"{kernel}: {' '.join(f'{key}={value}' for key, value in entry.items())}"
+        for kernel, entry in row["config"].items()
+    )
+
+
+TIMES: Columns = {
+    "ms": lambda row: 1e3 * row["seconds"],
+    "quartiles": lambda row: " - ".join(
+        f"{1e3 * row[name]:.4g}" for name in ("lower_quartile", "upper_quartile")
+    ),
+}
+KERNEL_COLUMNS: Columns = {
+    "contender": lambda row: row["contender"] + " (auto)" * row["auto"],
+    **TIMES,
+    "x eager": _over("eager"),
+    "x compile": _over("compile"),
+    "x best peer": _over("peer"),
+    "TFLOP/s": lambda row: row["tflops"],
+    "GB/s": lambda row: row["gb_per_s"],
+    "light %": _shares("sol_measured", "sol_datasheet"),
+    "peak MiB": _memory(2**20),
+    "configuration": lambda row: _settings(row) or "-",
+}
+STEP_COLUMNS: Columns = {
+    "kernels": lambda row: row["contender"],
+    **TIMES,
+    "tok/s": lambda row: row["tokens_per_second"],
+    "x sdpa": _over("eager"),
+    "MFU %": _shares("mfu_causal", "mfu_nanochat"),
+    "of GEMM %": _shares("gemm_share_causal", "gemm_share_nanochat"),
+    "peak GiB": _memory(2**30),
+    "micro-batch": lambda row: row["micro_batch_tokens"],
+}
+# kind of rows, what the rows of one table have in common, its title, its columns
+TABLES = (
+    ("kernel", ("op", "workload", "pass", "dtype"),
+     "{op} {workload}, {pass}: {shapes}, {dtype}", KERNEL_COLUMNS),
+    ("train_step", ("workload",),
+     "Optimizer step of {workload}, {tokens:,} tokens", STEP_COLUMNS),
 )  # fmt: skip
 MACHINE = ("gpu", "cpu", "driver", "torch", "triton", "cuda", "commit", "dirty", "date", "dtype")
 
@@ -37,19 +90,12 @@ MACHINE = ("gpu", "cpu", "driver", "torch", "triton", "cuda", "commit", "dirty",
 def markdown(rows: Sequence[Row]) -> str:
     """All tables, and what was not timed or not chosen well."""
     parts = [_machine(rows)]
-    keys = ("op", "workload", "pass", "dtype")
-    for (op, workload, name, dtype), group in _groups(rows, "kernel", keys):
-        title = f"## {op} {workload}, {name}: {group[0]['shapes']}, {dtype}"
-        timed = [_kernel_cells(row) for row in group if row["status"] == TIMED]
-        if timed:
-            parts.append(f"{title}\n\n{table(KERNEL_COLUMNS, timed)}")
-    for (workload,), group in _groups(rows, "train_step", ("workload",)):
-        timed = [_step_cells(row) for row in group if row["status"] == TIMED]
-        if timed:
-            tokens = f"{group[0]['tokens']:,}"
-            parts.append(
-                f"## Optimizer step of {workload}, {tokens} tokens\n\n{table(STEP_COLUMNS, timed)}"
-            )
+    for kind, keys, title, columns in TABLES:
+        for group in _groups((row for row in rows if row["kind"] == kind), keys):
+            timed = [[cell(row) for cell in columns.values()] for row in group
+                     if row["status"] == TIMED]  # fmt: skip
+            if timed:
+                parts.append(f"## {title.format_map(group[0])}\n\n{table(tuple(columns), timed)}")
     parts += [_listing("Not timed", _absent(rows)), _listing("auto", _auto(rows))]
     return aligned("\n\n".join(filter(None, parts)))
 
@@ -69,12 +115,11 @@ def aligned(text: str) -> str:
     return "\n".join(lines)
 
 
-def _groups(rows: Iterable[Row], kind: str, keys: Sequence[str]) -> list[tuple[Any, list[Row]]]:
+def _groups(rows: Iterable[Row], keys: Sequence[str]) -> list[list[Row]]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        if row["kind"] == kind:
-            groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return list(groups.items())
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return list(groups.values())
 
 
 def _machine(rows: Sequence[Row]) -> str:
@@ -92,43 +137,6 @@ def _machine(rows: Sequence[Row]) -> str:
     lines.append(("measured copy, GB/s", first["copy_bytes_per_s"] / 1e9))
     note = "" if first["gpu"] != "none" else "Small shapes on a CPU: they say nothing of a GPU.\n\n"
     return f"# nanochat bench\n\n{note}{table(('', ''), lines)}"
-
-
-def _kernel_cells(row: Row) -> list[object]:
-    light = [_percent(row[name]) for name in ("sol_measured", "sol_datasheet")]
-    memory = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20
-    over = [row[f"over_{role}"] or "-" for role in ("eager", "compile", "peer")]
-    chosen = " (auto)" if row["auto"] else ""
-    settings = "; ".join(f"{key}: {_settings(value)}" for key, value in row["config"].items())
-    return [
-        row["contender"] + chosen, *_times(row), *over, row["tflops"], row["gb_per_s"],
-        "/".join(light), memory, settings or "-",
-    ]  # fmt: skip
-
-
-def _step_cells(row: Row) -> list[object]:
-    mfu, share = (
-        "/".join(_percent(row[f"{of}_{flops}"]) for flops in ("causal", "nanochat"))
-        for of in ("mfu", "gemm_share")
-    )
-    memory = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30
-    return [
-        row["contender"], *_times(row), row["tokens_per_second"], row["over_eager"] or "-",
-        mfu, share, memory, row["micro_batch_tokens"],
-    ]  # fmt: skip
-
-
-def _times(row: Row) -> list[object]:
-    quartiles = (1e3 * row["lower_quartile"], 1e3 * row["upper_quartile"])
-    return [1e3 * row["seconds"], " - ".join(f"{ms:.4g}" for ms in quartiles)]
-
-
-def _settings(values: dict[str, int]) -> str:
-    return " ".join(f"{key}={value}" for key, value in values.items())
-
-
-def _percent(share: float | None) -> str:
-    return "?" if share is None else f"{100 * share:.1f}"
 
 
 def _absent(rows: Iterable[Row]) -> list[str]:

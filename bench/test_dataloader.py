@@ -9,14 +9,13 @@ Two things of each contender, turn by turn: batches one after the other as fast 
 at the pace of a training run, whose step is a sleep (milliseconds that the step has to wait).
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,11 +23,13 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from bench.rows import machine
+from bench.report import aligned
+from bench.session import write_document
 from nanochat.common import get_base_dir
 from nanochat.data.dataloader import BATCHES_AHEAD, Batch, CUDAPrefetcher, DataLoader
 from nanochat.data.shards import RowBlock, iter_documents, row_blocks
 from nanochat.dataset import resolve_data_dir
+from nanochat.report import table
 from nanochat.text.tokenizer import RustBPETokenizer
 
 CPU = torch.device("cpu")
@@ -90,10 +91,6 @@ class InLine:
         return self.documents.pop(shortest)[:room]
 
 
-class Source(Protocol):
-    def __next__(self) -> Any: ...
-
-
 @dataclass
 class World:
     """Text, tokenizer, and how far each contender has come: every turn is on new text."""
@@ -108,7 +105,7 @@ class World:
     paced: dict[str, list[float]] = field(default_factory=dict)
     cpu: dict[str, float] = field(default_factory=dict)  # seconds of all drained batches
 
-    def open(self, name: str) -> tuple[Source, Callable[[], None]]:
+    def open(self, name: str) -> tuple[InLine | CUDAPrefetcher, Callable[[], None]]:
         """A loader, and what ends it."""
         sizes = self.sizes
         if name not in OURS:
@@ -199,21 +196,15 @@ def test_results(
         row["cpu_speedup"] = row["tokens_per_cpu_s"] / first["tokens_per_cpu_s"]
         row["paced_p99_ratio"] = first["paced_p99_ms"] / row["paced_p99_ms"]
         rows.append(row)
-    head = f"{'':22}{'M tok/s':>9}{'x':>7}{'M tok/CPU s':>13}{'x':>7}"
-    lines = ["", f"{head}   a step waits: p50 ms{'p99 ms':>9}{'max ms':>9}{'p99 1/x':>9}"]
-    for row in rows:
-        waits = "".join(f"{row[f'paced_p{share}_ms']:9.3f}" for share in (50, 99, 100))
-        lines.append(
-            f"{row['name']:22}{row['tokens_per_s'] / 1e6:9.2f}{row['speedup']:7.1f}"
-            f"{row['tokens_per_cpu_s'] / 1e6:13.2f}{row['cpu_speedup']:7.1f}{'':14}"
-            f"{waits}{row['paced_p99_ratio']:9.1f}"
-        )
+    columns = {
+        "contender": "name", "tok/s": "tokens_per_s", "x": "speedup",
+        "tok/CPU s": "tokens_per_cpu_s", "x CPU": "cpu_speedup",
+        "a step waits, p50 ms": "paced_p50_ms", "p99 ms": "paced_p99_ms",
+        "max ms": "paced_p100_ms", "p99 1/x": "paced_p99_ratio",
+    }  # fmt: skip
+    lines = [[row[name] for name in columns.values()] for row in rows]
     with capsys.disabled():
-        print("\n".join(lines))
-    out = request.config.getoption("--out")
-    if out is not None:
-        known = machine(CPU, request.config.getoption("--commit"))
-        known |= {"cpu_count": os.cpu_count(), "load": os.getloadavg(), "threads": THREADS}
-        known |= {"text": world.data_dir.name, "pace_tokens_per_s": CONSUMPTION} | world.sizes
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "dataloader.json").write_text(json.dumps({**known, "rows": rows}, indent=1) + "\n")
+        print("\n" + aligned(table(tuple(columns), lines)))
+    known = {"load": os.getloadavg(), "threads": THREADS, "text": world.data_dir.name}
+    known |= {"pace_tokens_per_s": CONSUMPTION} | world.sizes
+    write_document(request.config, "dataloader.json", {**known, "rows": rows})

@@ -11,7 +11,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.contenders import names
 from bench.kernels import kernel_rows
-from bench.rows import SMALL, Session, chosen, replay, replayed
+from bench.session import SMALL, Session, chosen, replay, replayed
 from nanochat.kernels.registry import Op, operations
 from nanochat.kernels.workloads import WORKLOADS, Workload
 

@@ -25,11 +25,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.rows import machine
+from bench.report import aligned
+from bench.session import write_document
 from nanochat.common import get_base_dir
+from nanochat.report import table
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "build" / "rustbpe-0.1.0"
@@ -122,25 +123,19 @@ def test_results_agree(
     job: Row, rows: list[Row], request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same tokens, the same ids; then the table of who needs how much CPU time."""
-    first = {}
-    lines = [f"\n{job['text']}, vocabulary {job['vocab_size']:,}"]
+    first: dict[str, Row] = {}
     for row in rows:
-        ours = first.setdefault(row["group"], row)
-        row["cpu_ratio"] = row["cpu_seconds"] / ours["cpu_seconds"]
-        lines.append(
-            f"{row['group']:20}{row['name']:35}{row['megabytes']:6.1f} MB"
-            f"{row['cpu_seconds']:8.2f} CPU s{row['wall_seconds']:8.2f} s"
-            f"{row['cpu_ratio']:7.2f} x ours{row['peak_megabytes']:7.0f} MB more memory"
-            + (f"{row['wall_ratio']:7.2f} x the time of 1 thread" if "wall_ratio" in row else "")
-        )
-    out = request.config.getoption("--out")
-    if out is not None:
-        known = machine(torch.device("cpu"), request.config.getoption("--commit"))
-        known |= {"cpu_count": os.cpu_count(), "text": job["text"]}
-        out.mkdir(parents=True, exist_ok=True)
-        content = {**known, "vocab_size": job["vocab_size"], "rows": rows}
-        (out / "tokenizer.json").write_text(json.dumps(content, indent=1) + "\n")
+        row["cpu_ratio"] = row["cpu_seconds"] / first.setdefault(row["group"], row)["cpu_seconds"]
+    columns = {
+        "": "group", "contender": "name", "MB": "megabytes", "CPU s": "cpu_seconds",
+        "s": "wall_seconds", "x ours": "cpu_ratio", "MB more memory": "peak_megabytes",
+        "x the time of 1 thread": "wall_ratio",
+    }  # fmt: skip
+    lines = [[row.get(name, "") for name in columns.values()] for row in rows]
+    known = {"text": job["text"], "vocab_size": job["vocab_size"]}
+    write_document(request.config, "tokenizer.json", {**known, "rows": rows})
     with capsys.disabled():
-        print("\n".join(lines))
+        print(f"\n{job['text']}, vocabulary {job['vocab_size']:,}")
+        print(aligned(table(tuple(columns), lines)))
     for row in rows:
         assert row["digest"] == first[row["group"]]["digest"], row

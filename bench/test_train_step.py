@@ -7,7 +7,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.rows import Session, chosen, replay, replayed
+from bench.session import Session, chosen, replay, replayed
 from bench.train_steps import (
     SIZES,
     SMALL_SIZE,

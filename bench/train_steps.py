@@ -26,7 +26,8 @@ from bench.contenders import (
     first_line,
 )
 from bench.measure import free, rotated, summarise
-from bench.rows import SMALL, Row, Session, clocks, speedup
+from bench.rows import Row, speedup
+from bench.session import SMALL, Session
 from nanochat import gpt, hardware
 from nanochat.kernels.registry import REGISTRY, operations, select
 from nanochat.optim import adamw, muon
@@ -206,19 +207,14 @@ class Bench:
 
     def row(self, variant: Variant) -> Row:
         """Times, tokens per second, both MFUs and peak memory of a variant."""
-        row = self.session.machine | clocks(self.runtime.device) | {
+        row = self.session.row(variant, {
             "kind": "train_step",
             "op": "train_step",
             "workload": self.size.name,
             "pass": "step",
-            "dtype": self.session.dtype,
-            "contender": variant.name,
-            "role": variant.role,
-            "status": variant.status,
-            "reason": variant.reason,
             "tokens": self.size.tokens,
             "kernels": variant.choices,
-        }  # fmt: skip
+        })  # fmt: skip
         if variant.status != TIMED:
             return row
         summary = summarise(variant.seconds)
@@ -231,7 +227,6 @@ class Bench:
             "mfu_nanochat": hardware.mfu(full, rate, sheet) if sheet else None,
             "gemm_share_causal": hardware.mfu(causal, rate, ceilings.flops),
             "gemm_share_nanochat": hardware.mfu(full, rate, ceilings.flops),
-            "peak_bytes": variant.peak_bytes,
             "micro_batch_tokens": variant.micro_batch * self.size.length,
         }  # fmt: skip
 

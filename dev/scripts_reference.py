@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import get_type_hints
 
 from dev.generated import ROOT, Part, main
-from nanochat.configurator import field_comments
+from nanochat.configurator import field_comments, kind_name
 from nanochat.report import table
 from nanochat.settings import rule_of
 
@@ -43,13 +43,12 @@ def section(module: ModuleType) -> str:
     commands = [line.strip() for line in lines if line.strip().startswith(COMMANDS)]
     prose = [line for line in lines if not line.strip().startswith(COMMANDS)]
     name = module.__name__.removeprefix("scripts.")
-    kinds = get_type_hints(module.Settings)
     hints = get_type_hints(module.Settings, include_extras=True)
     comments = field_comments(module.Settings)
     rows = [
         (
             f"`--{field.name}`",
-            kind_name(kinds[field.name]),
+            kind_name(hints[field.name]),
             f"`{field.default!r}`",
             allowed(hints[field.name]),
             comments[field.name],
@@ -63,10 +62,6 @@ def section(module: ModuleType) -> str:
         table(("flag", "type", "default", "allowed", "meaning"), rows),
     ]
     return "\n\n".join(parts)
-
-
-def kind_name(kind: object) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 def allowed(hint: object) -> str:

@@ -3,6 +3,7 @@
 At the door are the files that every entry point starts with, the model, and two commands:
 
     settings       what a setting may be: ranges and choices, beside the field they belong to
+    files          digests and JSON lines of files that may be damaged
     command        how a command ends that was called wrongly: one line, exit code 2
     stages         the stages of training, each registered once
     configurator   defaults, config files, flags -> one frozen dataclass per script
@@ -17,7 +18,7 @@ At the door are the files that every entry point starts with, the model, and two
 Everything else is in rooms, one subject each; a room's `__init__.py` says what is inside and what
 it may import. Floors, from the ground; a module imports its own floor or below:
 
-    settings command stages
+    settings command stages files
     configurator common hardware kernels
     optim text profiler tracking scaling
     gpt data

@@ -88,9 +88,8 @@ def print_help(settings_class: type, defaults: object) -> typing.NoReturn:
         rule = rule_of(hint)
         text = comments[field.name] + (f" ({rule.allowed})" if rule else "")
         argument = tyro.conf.arg(aliases=aliases(hint), help=text)
-        plain = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
         default = dataclasses.field(default=getattr(defaults, field.name))
-        fields.append((field.name, Annotated[plain, argument], default))
+        fields.append((field.name, Annotated[plain(hint), argument], default))
     tyro.cli(
         dataclasses.make_dataclass(settings_class.__name__, fields),
         args=["--help"],
@@ -306,14 +305,23 @@ def check_value(path: Path, name: str, value: Any, hint: Any) -> Any:
 
 def options_of(hint: Any) -> tuple[Any, ...]:
     """The types an annotation stands for: one, or the members of a union."""
-    plain = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
-    union = typing.get_origin(plain) in (typing.Union, types.UnionType)
-    return typing.get_args(plain) if union else (plain,)
+    kind = plain(hint)
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind) if union else (kind,)
+
+
+def plain(hint: Any) -> Any:
+    """The type inside an annotation."""
+    return typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+
+
+def kind_name(hint: Any) -> str:
+    """How the type inside an annotation is written."""
+    kind = plain(hint)
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 def wanted(hint: Any) -> str:
     """The type and what it may be: "int, at least 1"."""
-    plain = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
-    kind = plain.__name__ if isinstance(plain, type) else str(plain).replace("typing.", "")
     rule = rule_of(hint)
-    return f"{kind}, {rule.allowed}" if rule else kind
+    return f"{kind_name(hint)}, {rule.allowed}" if rule else kind_name(hint)

@@ -8,7 +8,6 @@ last rows are: training and validation never share a document.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from nanochat.common import get_base_dir, print0
 from nanochat.data import embedded
 from nanochat.data.hub import HUB, download
 from nanochat.data.shards import row_blocks, write_shards
-from nanochat.settings import Choices, Count, CountOrMinusOne
+from nanochat.files import read_json_lines
+from nanochat.settings import Choices, Count, CountOrMinusOne, require_known
 
 EMBEDDED_FOLDER = "base_data_embedded"
 NAMES = ("embedded", *HUB)
@@ -45,8 +45,7 @@ def resolve_data_dir(dataset: str, data_dir: str, base_dir: Path) -> Path:
         print0(f"dataset auto: {dataset}")
     if dataset == "embedded":
         return prepare_embedded(base_dir)
-    if dataset not in HUB:
-        raise ValueError(f"dataset {dataset!r} is unknown; choose auto, {', '.join(NAMES)}")
+    require_known("dataset", dataset, DATASETS)
     return base_dir / HUB[dataset].folder
 
 
@@ -81,18 +80,16 @@ def _imported(folder: Path, base_dir: Path) -> Path:
 
 def _read_files(files: list[Path]) -> Iterator[str]:
     for path in files:
+        if path.suffix == ".jsonl":
+            for where, row in read_json_lines(path):
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                    raise ValueError(f"{where}: a row has a `text`; this is {row!r:.80}")
+                yield row["text"]
+            continue
         try:
-            if path.suffix != ".jsonl":
-                yield path.read_text(encoding="utf-8")
-                continue
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    text = json.loads(line)["text"]
-                    if not isinstance(text, str):
-                        raise ValueError(f"line {number}: `text` is {type(text).__name__}")
-                    yield text
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} cannot be imported: {error!r}") from error
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} cannot be imported: {error}") from error
 
 
 @dataclass(frozen=True)

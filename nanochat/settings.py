@@ -107,6 +107,18 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 Device = Annotated[str, Choices(("auto", "cuda", "mps", "cpu"))]
 
 
+@dataclass(frozen=True)
+class ModelSettings:
+    """Settings of every script that uses a trained model; it may declare one of them again."""
+
+    checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
+    model_tag: str = ""  # tag to look in when --checkpoint is empty or a step
+    tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
+    device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
+    kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
+    verbose: bool = False  # print why each operation runs as it does
+
+
 def rule_of(hint: Any) -> Rule | None:
     """The Range or Choices of an annotation, None where it has neither."""
     found = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Rule)]
@@ -142,12 +154,14 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 def near_miss(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the name that was meant, or all there are."""
-    names = sorted(known)
+    names = list(known)
     near = nearest(name, names)
     return f"; did you mean {near!r}?" if near else f"; known are {', '.join(names)}"
 
 
 def require_known(what: str, name: str, known: Iterable[str]) -> None:
-    """Raise ValueError, with the nearest name or all there are, unless `name` is a known one."""
-    if name not in known:
-        raise ValueError(f"{what} {name!r} is unknown{near_miss(name, known)}")
+    """Raise ValueError, with all that are known and the nearest, unless `name` is one of them."""
+    choices = Choices(known)
+    if not choices.allows(name):
+        allowed = f"{choices.allowed}{choices.hint(name)}"
+        raise ValueError(f"{what} {name!r} is unknown; choose {allowed}")

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat.settings import require_known
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -112,10 +114,8 @@ def parents_of(name: str) -> Callable[[], tuple[str, ...]]:
 
 def get(name: str) -> Stage:
     """The stage called `name`. Raises ValueError for an unknown one."""
-    for stage in STAGES:
-        if stage.name == name:
-            return stage
-    raise ValueError(f"stage {name!r} is unknown; choose {', '.join(names())}")
+    require_known("stage", name, names())
+    return STAGES[names().index(name)]
 
 
 def of_checkpoint(source: str, checkpoint: str) -> Stage:
@@ -127,10 +127,8 @@ def of_checkpoint(source: str, checkpoint: str) -> Stage:
     named = [folders[part] for part in Path(checkpoint).parts if part in folders]
     if named:
         return named[-1]
-    for stage in STAGES:
-        if stage.source == source:
-            return stage
-    raise ValueError(f"source {source!r} is unknown; choose {', '.join(sources())}")
+    require_known("source", source, sources())
+    return STAGES[sources().index(source)]
 
 
 def titles() -> dict[str, str]:

@@ -15,27 +15,21 @@ from nanochat.common import Runtime, print0, setup_training
 from nanochat.eval.core import centred, evaluate_task
 from nanochat.eval.core_bundle import get_bundle, load_tasks
 from nanochat.kernels.registry import format_choices, select
-from nanochat.settings import Choices, Count, CountOrMinusOne, Device
+from nanochat.settings import Choices, Count, CountOrMinusOne, ModelSettings
 from nanochat.text.tokenizer import get_tokenizer
 from nanochat.tracking import Tracker
 from nanochat.train import run
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(ModelSettings):
     """Score a base checkpoint on CORE."""
 
-    checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
-    model_tag: str = ""  # tag to look in when --checkpoint is empty or a step
     source: Annotated[str, Choices(stages.names)] = "base"  # stage of the checkpoint
     tasks: str = ""  # comma-separated labels; empty is all 22, which alone give a CORE score
     max_per_task: CountOrMinusOne = -1  # examples of each task, after shuffling; -1 is all
     bundle_dir: str = ""  # unpacked evaluation bundle; empty downloads it to the base directory
     batch_tokens: Count = 32_768  # positions that pass the model together
-    tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
-    device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
-    kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
-    verbose: bool = False  # print why each operation runs as it does
 
 
 def main() -> None:

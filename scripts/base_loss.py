@@ -13,7 +13,7 @@ from nanochat.data.shards import list_shards
 from nanochat.dataset import DATASETS, resolve_data_dir
 from nanochat.eval.loss import evaluate_bpb
 from nanochat.kernels.registry import format_choices, select
-from nanochat.settings import Choices, Count, Device, NonNegative
+from nanochat.settings import Choices, Count, ModelSettings, NonNegative
 from nanochat.text.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.tracking import Tracker
 from nanochat.train import run
@@ -24,20 +24,14 @@ SAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(ModelSettings):
     """Score a base checkpoint in bits per byte."""
 
-    checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
-    model_tag: str = ""  # tag to look in when --checkpoint is empty or a step
     dataset: Annotated[str, Choices(DATASETS)] = "auto"  # auto: what is downloaded, else embedded
     data_dir: str = ""  # folder of parquet, JSONL or text files instead of a dataset
-    tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
-    device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
     device_batch_size: Count = 32  # sequences a device holds at once
     split_tokens: Count = 20 * 524_288  # tokens scored of each split, over all devices
     temperature: NonNegative = 0.8  # of the samples; 0 takes the likeliest token
-    kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
-    verbose: bool = False  # print why each operation runs as it does
     skip_bad_shards: bool = False  # leave out unreadable shards instead of stopping
 
 

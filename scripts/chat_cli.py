@@ -10,35 +10,29 @@ from typing import Annotated, Any
 
 import tyro
 
-from nanochat import command, configurator, stages
+from nanochat import command, configurator
 from nanochat.common import print0
 from nanochat.infer.engine import Engine
 from nanochat.infer.requests import Request
 from nanochat.infer.sampling import SamplingSettings
 from nanochat.serve.answer import AnswerReader
-from nanochat.serve.chat_model import load_chat_model
+from nanochat.serve.chat_model import ChatSettings, load_chat_model
 from nanochat.serve.prompt import fit_prompt
-from nanochat.settings import Choices, Count, CountOrZero, Device, NonNegative, Range, Seed
+from nanochat.settings import Count, CountOrZero, NonNegative, Range, Seed
 
 HELP = "/clear forgets the conversation, /help prints this, /quit or Ctrl-D leaves"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(ChatSettings):
     """Chat in the terminal."""
 
-    checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
-    source: Annotated[str, Choices(stages.sources), tyro.conf.arg(aliases=["-i"])] = "sft"  # stage
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""  # answer this and leave
-    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # tag to look in
     temperature: Annotated[NonNegative, tyro.conf.arg(aliases=["-t"])] = 0.6  # 0 is the likeliest
     top_k: Annotated[CountOrZero, tyro.conf.arg(aliases=["-k"])] = 50  # likeliest tokens; 0 is all
     top_p: Annotated[float, Range(0, 1, above=True)] = 1.0  # probability kept; 1 is all
     max_tokens: Count = 256  # longest answer
     seed: Seed = 42  # of the answers
-    tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
-    device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
-    kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
     verbose: bool = False  # print which kernels run, and why
 
 

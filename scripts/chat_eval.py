@@ -12,12 +12,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from nanochat import command, configurator, stages
+from nanochat import command, configurator
 from nanochat.common import print0
 from nanochat.eval.tasks import chatcore, evaluate_categorical, evaluate_generative
 from nanochat.infer.sampling import SamplingSettings
-from nanochat.serve.chat_model import ChatModel, load_chat_model
-from nanochat.settings import Choices, Count, CountOrZero, Device, NonNegative, Seed
+from nanochat.serve.chat_model import ChatModel, ChatSettings, load_chat_model
+from nanochat.settings import Choices, Count, CountOrZero, NonNegative, Seed
 from nanochat.tracking import Tracker, write_json
 from tasks.registry import chatcore_baselines, evaluated_names, get_evaluated_task
 
@@ -25,14 +25,11 @@ TaskNames = Annotated[str, Choices(evaluated_names, "|"), tyro.conf.arg(aliases=
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(ChatSettings):
     """Evaluate a chat model; tasks that were evaluated before with these settings are kept."""
 
-    checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
-    source: Annotated[str, Choices(stages.sources), tyro.conf.arg(aliases=["-i"])] = "sft"  # stage
     task_name: TaskNames = ""  # empty is the tasks of ChatCORE
     task_data: str = ""  # folder of local task files instead of the Hugging Face Hub
-    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # tag to look in
     temperature: Annotated[NonNegative, tyro.conf.arg(aliases=["-t"])] = 0.0  # of free answers
     top_k: Annotated[CountOrZero, tyro.conf.arg(aliases=["-k"])] = 50  # likeliest tokens; 0 is all
     num_samples: Annotated[Count, tyro.conf.arg(aliases=["-n"])] = 1  # answers to each problem
@@ -40,10 +37,6 @@ class Settings:
     batch_size: Annotated[Count, tyro.conf.arg(aliases=["-b"])] = 8  # problems of one forward pass
     max_problems: Annotated[CountOrZero, tyro.conf.arg(aliases=["-x"])] = 0  # of each; 0 is all
     fresh: bool = False  # evaluate again what was evaluated before
-    tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
-    device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
-    kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
-    verbose: bool = False  # print why each operation runs as it does
     seed: Seed = 42  # of sampled answers
 
 

@@ -9,30 +9,23 @@ from typing import Annotated
 import tyro
 import uvicorn
 
-from nanochat import command, configurator, stages
+from nanochat import command, configurator
 from nanochat.common import print0
-from nanochat.serve.chat_model import load_chat_model
+from nanochat.serve.chat_model import ChatSettings, load_chat_model
 from nanochat.serve.server import Defaults, create_app
-from nanochat.settings import Choices, Count, CountOrZero, Device, NonNegative, Range
+from nanochat.settings import Count, CountOrZero, NonNegative, Range
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(ChatSettings):
     """Serve a chat model over HTTP, to this machine unless --host says otherwise."""
 
-    checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
-    source: Annotated[str, Choices(stages.sources), tyro.conf.arg(aliases=["-i"])] = "sft"  # stage
-    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # tag to look in
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 is every one of this machine
     port: Annotated[int, Range(0, 65_535), tyro.conf.arg(aliases=["-p"])] = 8000  # to listen on
     num_slots: Count = 16  # answers written at a time; others wait
     temperature: Annotated[NonNegative, tyro.conf.arg(aliases=["-t"])] = 0.8  # if none is asked
     top_k: Annotated[CountOrZero, tyro.conf.arg(aliases=["-k"])] = 50  # if none is asked
     max_tokens: Annotated[Count, tyro.conf.arg(aliases=["-m"])] = 512  # if none is asked
-    tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
-    device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
-    kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
-    verbose: bool = False  # print why each operation runs as it does
 
 
 def main() -> None:

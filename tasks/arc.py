@@ -25,6 +25,7 @@ Evaluation does not let the model write: the answer is the letter whose logit af
 
 from pathlib import Path
 
+from nanochat.settings import require_known
 from nanochat.text.chat_format import Conversation
 from tasks.common import multiple_choice
 from tasks.registry import TaskEntry
@@ -56,8 +57,7 @@ class ARC(DatasetTask):
     def __init__(
         self, subset: str, split: str, task_data: Path | str = "", **view: int | None
     ) -> None:
-        if subset not in SOURCES:
-            raise ValueError(f"subset {subset!r} is unknown; choose {' or '.join(SOURCES)}")
+        require_known("subset", subset, SOURCES)
         self.source = SOURCES[subset]
         super().__init__(split, task_data, **view)
 
@@ -74,7 +74,6 @@ TASKS = tuple(
     TaskEntry(
         subset,
         ARC,
-        source.splits,
         arguments=(subset,),
         guessing=0.25,
         in_chatcore=True,

@@ -19,8 +19,9 @@ import random
 import zlib
 from pathlib import Path
 
+from nanochat.settings import require_known
 from nanochat.text.chat_format import Conversation
-from tasks.common import Task, final_number, last_text
+from tasks.common import Task, dialogue, final_number, last_text
 from tasks.registry import TaskEntry
 
 SPLITS = ("train", "test")
@@ -48,8 +49,7 @@ class Arithmetic(Task):
     def __init__(
         self, split: str, task_data: Path | str = "", size: int = 256, **view: int | None
     ) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"split {split!r} is unknown; choose {' or '.join(SPLITS)}")
+        require_known("split", split, SPLITS)
         self.split = split
         super().__init__(size, **view)
 
@@ -61,19 +61,12 @@ class Arithmetic(Task):
             first=first, second=second, symbol=symbol, name=NAMES[symbol]
         )
         result = {"+": first + second, "-": first - second, "*": first * second}[symbol]
-        return {
-            "messages": [
-                {"role": "user", "content": question},
-                {
-                    "role": "assistant",
-                    "content": [
-                        {"type": "python", "text": f"{first}{symbol}{second}"},
-                        {"type": "python_output", "text": str(result)},
-                        {"type": "text", "text": f"#### {result}"},
-                    ],
-                },
-            ]
-        }
+        parts = [
+            {"type": "python", "text": f"{first}{symbol}{second}"},
+            {"type": "python_output", "text": str(result)},
+            {"type": "text", "text": f"#### {result}"},
+        ]
+        return dialogue(question, parts)
 
     def evaluate(self, conversation: Conversation, answer: str) -> bool:
         return final_number(answer) == final_number(last_text(conversation))

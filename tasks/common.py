@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from itertools import accumulate
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -147,6 +147,12 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
     )
 
 
+def dialogue(question: str, answer: str | list[dict[str, str]], **more: Any) -> Conversation:
+    """A conversation of one question and its answer, a text or parts; `more` beside them."""
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, **more}
+
+
 def multiple_choice(
     question: str, letters: Sequence[str], choices: Sequence[str], answer: str
 ) -> Conversation:
@@ -156,13 +162,7 @@ def multiple_choice(
     """
     if answer not in letters or len(letters) != len(choices):
         raise ValueError(f"answer {answer!r}, letters {letters} and choices {choices} do not fit")
-    return {
-        "messages": [
-            {"role": "user", "content": render_mc(question, letters, choices)},
-            {"role": "assistant", "content": answer},
-        ],
-        "letters": tuple(letters),
-    }
+    return dialogue(render_mc(question, letters, choices), answer, letters=tuple(letters))
 
 
 def last_text(conversation: Conversation) -> str:

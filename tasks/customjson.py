@@ -8,9 +8,9 @@ A line is a list of messages, or an object with that list under "messages":
 from pathlib import Path
 from typing import Any
 
+from nanochat.files import read_json_lines
 from nanochat.text.chat_format import PART_FRAMES, Conversation
 from tasks.common import Task
-from tasks.rows import read_json_lines
 from tasks.sources import data_folder
 
 IDENTITY = "identity_conversations.jsonl"

@@ -21,7 +21,7 @@ calculation becomes a call of the calculator and its output. A sample problem of
 import re
 
 from nanochat.text.chat_format import Conversation
-from tasks.common import final_number, last_text
+from tasks.common import dialogue, final_number, last_text
 from tasks.registry import TaskEntry
 from tasks.rows import Row
 from tasks.sources import DatasetTask, Source
@@ -45,12 +45,7 @@ class GSM8K(DatasetTask):
     )
 
     def conversation(self, row: Row) -> Conversation:
-        return {
-            "messages": [
-                {"role": "user", "content": row["question"]},
-                {"role": "assistant", "content": solution_parts(row["answer"])},
-            ]
-        }
+        return dialogue(row["question"], solution_parts(row["answer"]))
 
     def evaluate(self, conversation: Conversation, answer: str) -> bool:
         right = final_number(last_text(conversation))
@@ -78,13 +73,4 @@ def solution_parts(solution: str) -> list[dict[str, str]]:
     return parts
 
 
-TASKS = (
-    TaskEntry(
-        "GSM8K",
-        GSM8K,
-        GSM8K.source.splits,
-        in_chatcore=True,
-        has_reward=True,
-        source=GSM8K.source,
-    ),
-)
+TASKS = (TaskEntry("GSM8K", GSM8K, source=GSM8K.source, in_chatcore=True, has_reward=True),)

@@ -117,12 +117,4 @@ def extract_code(answer: str) -> str:
     return match[1] if match else answer
 
 
-TASKS = (
-    TaskEntry(
-        "HumanEval",
-        HumanEval,
-        HumanEval.source.splits,
-        in_chatcore=True,
-        source=HumanEval.source,
-    ),
-)
+TASKS = (TaskEntry("HumanEval", HumanEval, source=HumanEval.source, in_chatcore=True),)

@@ -9,6 +9,7 @@ is for evaluation only. The test mixtures are for the validation loss.
 
 from pathlib import Path
 
+from nanochat.settings import require_known
 from tasks.arc import ARC
 from tasks.arithmetic import Arithmetic
 from tasks.common import Task, TaskMixture
@@ -36,13 +37,8 @@ def mid_mixture(mixture: str, split: str, task_data: Path | str = "") -> TaskMix
             split, task_data, spelling=4000, counting=3000, sums=6000, identities=20
         )
     if split == "test":
-        return TaskMixture(
-            [
-                SmolTalk("test", task_data),
-                MMLU("test", task_data)[:5200],
-                GSM8K("test", task_data)[:420],
-            ]
-        )
+        mmlu, gsm8k = MMLU("test", task_data)[:5200], GSM8K("test", task_data)[:420]
+        return TaskMixture([SmolTalk("test", task_data), mmlu, gsm8k])
     most = PROBLEMS_PER_WORD * len(load_words("train", task_data))
     return TaskMixture(
         [
@@ -82,10 +78,8 @@ def sft_mixture(mixture: str, split: str, task_data: Path | str = "") -> TaskMix
 
 
 def _check(mixture: str, split: str) -> None:
-    if mixture not in MIXTURES:
-        raise ValueError(f"mixture {mixture!r} is unknown; choose {' or '.join(MIXTURES)}")
-    if split not in ("train", "test"):
-        raise ValueError(f"split {split!r} is unknown; choose train or test")
+    require_known("mixture", mixture, MIXTURES)
+    require_known("split", split, ("train", "test"))
 
 
 def _local_mixture(

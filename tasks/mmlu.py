@@ -80,7 +80,6 @@ TASKS = (
     TaskEntry(
         "MMLU",
         MMLU,
-        MMLU.source.splits,
         guessing=1 / len(LETTERS),
         in_chatcore=True,
         in_sft_tests=True,

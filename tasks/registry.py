@@ -2,7 +2,7 @@
 
 A task is declared once, at the end of its own file:
 
-    TASKS = (TaskEntry("GSM8K", GSM8K, SOURCE.splits, in_chatcore=True, has_reward=True),)
+    TASKS = (TaskEntry("GSM8K", GSM8K, source=SOURCE, in_chatcore=True, has_reward=True),)
 
 From these entries come the names that chat_eval and chat_rl accept and show in --help, the tasks
 and guessing baselines of ChatCORE, the tests during fine-tuning, and the table in
@@ -29,7 +29,8 @@ class TaskEntry:
 
     name          in --task_name, --task, records and reports
     task          its class; called as task(*arguments, split, task_data, **options)
-    splits        that it has; evaluation uses "test", reinforcement learning trains on "train"
+    splits        that it has, those of its source where there is one; evaluation uses "test",
+                  reinforcement learning trains on "train"
     arguments     before the split, where one class serves several tasks
     guessing      accuracy of a model that knows nothing: 1 / choices, or 0 for free answers
     in_chatcore   whether ChatCORE averages over it
@@ -40,7 +41,7 @@ class TaskEntry:
 
     name: str
     task: type[Task]
-    splits: tuple[str, ...]
+    splits: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     guessing: float = 0.0
     in_chatcore: bool = False
@@ -49,6 +50,8 @@ class TaskEntry:
     source: Source | None = None
 
     def __post_init__(self) -> None:
+        if self.source is not None:
+            object.__setattr__(self, "splits", self.source.splits)
         assert 0 <= self.guessing < 1, self
         if self.in_chatcore or self.in_sft_tests:
             assert self.task.eval_type != "none", f"{self.name} cannot be evaluated"

@@ -1,12 +1,13 @@
 """Rows of a data set, read from JSONL or parquet files."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from nanochat.files import read_json_lines
 
 Row = dict[str, Any]
 
@@ -61,19 +62,3 @@ def _read_jsonl(path: Path, columns: Sequence[str]) -> list[Row]:
             raise ValueError(f"{where}: a row has {', '.join(columns)}; this is {row!r:.80}")
         rows.append(row)
     return rows
-
-
-def read_json_lines(path: Path) -> list[tuple[str, Any]]:
-    """("<path>:<line>", value) of every line that is not blank.
-
-    Raises  ValueError naming file and line of anything that is not JSON in UTF-8.
-    """
-    values = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    values.append((f"{path}:{number}", json.loads(line)))
-                except ValueError as error:
-                    raise ValueError(f"{path}:{number}: not JSON ({error})") from error
-    return values

@@ -41,4 +41,4 @@ class SmolTalk(DatasetTask):
         return {"messages": row["messages"]}
 
 
-TASKS = (TaskEntry("SmolTalk", SmolTalk, SmolTalk.source.splits, source=SmolTalk.source),)
+TASKS = (TaskEntry("SmolTalk", SmolTalk, source=SmolTalk.source),)

@@ -44,8 +44,9 @@ import string
 import zlib
 from pathlib import Path
 
+from nanochat.settings import require_known
 from nanochat.text.chat_format import Conversation
-from tasks.common import Task, final_number, last_text
+from tasks.common import Task, dialogue, final_number, last_text
 from tasks.registry import TaskEntry
 from tasks.sources import data_folder
 
@@ -94,13 +95,7 @@ class SpellingBee(SpellingTask):
         )
         if rng.random() < 0.5:
             question = question.lower().rstrip("? ")
-        return {
-            "messages": [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": counting_parts(word, letter)},
-            ],
-            "word": word,
-        }
+        return dialogue(question, counting_parts(word, letter), word=word)
 
     def evaluate(self, conversation: Conversation, answer: str) -> bool:
         return final_number(answer) == final_number(last_text(conversation))
@@ -111,13 +106,7 @@ class SimpleSpelling(SpellingTask):
 
     def get_example(self, index: int) -> Conversation:
         word = random.Random(f"SimpleSpelling {self.split} {index}").choice(self.words)
-        return {
-            "messages": [
-                {"role": "user", "content": f"Spell the word: {word}"},
-                {"role": "assistant", "content": spell(word)},
-            ],
-            "word": word,
-        }
+        return dialogue(f"Spell the word: {word}", spell(word), word=word)
 
     def evaluate(self, conversation: Conversation, answer: str) -> bool:
         return answer.strip() == last_text(conversation)
@@ -158,8 +147,7 @@ def load_words(split: str, task_data: Path | str = "") -> list[str]:
 
     Raises  ValueError for an unknown split or a file without lower-case words for it.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown; choose {' or '.join(SPLITS)}")
+    require_known("split", split, SPLITS)
     path = data_folder(task_data) / "words" / "words_alpha.txt"
     if not path.is_file():
         path = DATA / "words.txt"

@@ -137,7 +137,7 @@ def test_identity_is_of_the_content(tmp_path: Path) -> None:
 def test_no_data_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"python -m nanochat\.dataset"):
         shards.row_blocks(tmp_path, "train")
-    with pytest.raises(ValueError, match="embedded, fineweb-edu, climbmix"):
+    with pytest.raises(ValueError, match="embedded, fineweb-edu or climbmix"):
         dataset.resolve_data_dir("fineweb", "", tmp_path)
 
 

@@ -10,14 +10,13 @@ from experiments.mxfp4.layers.recipes import DEFAULT, find_recipe
 from nanochat.common import Runtime, print0
 from nanochat.gpt import GPT
 from nanochat.kernels.optional_triton import installed, triton
+from nanochat.train.precision import Precision
 
 OPTIONS = ("mx_recipe", "mx_backend", "mx_keep")
 
 
-class MXPrecision:
+class MXPrecision(Precision):
     """A model converted for training; record says what every product runs in."""
-
-    emulated: bool
 
     def __init__(self, model: GPT, runtime: Runtime, options: Mapping[str, str]) -> None:
         unknown = [name for name in options if name not in OPTIONS]
@@ -28,7 +27,7 @@ class MXPrecision:
         keep = [part.strip() for part in options.get("mx_keep", "").split(",") if part.strip()]
         self.conversion = convert(model, recipe, keep, backend, runtime.seed, runtime.rank)
         self.emulated = backend == "emulate"
-        self.record: dict[str, Any] = {
+        self.record = {
             "name": "mxfp4",
             "recipe": recipe.name,
             "backend": backend,

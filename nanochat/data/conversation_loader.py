@@ -25,6 +25,7 @@ import torch
 
 from nanochat.data.dataloader import Batch
 from nanochat.kernels.linear_cross_entropy import IGNORE_INDEX
+from nanochat.settings import require_known
 from nanochat.text.chat_format import NO_LIMIT, Conversation, render_conversation
 from nanochat.text.tokenizer_base import Tokenizer
 
@@ -80,8 +81,7 @@ class ConversationLoader:
         world_size: int = 1,
         state: dict[str, Any] | None = None,
     ) -> None:
-        if packing not in PACKINGS:
-            raise ValueError(f"packing {packing!r} is unknown; choose one of {PACKINGS}")
+        require_known("packing", packing, PACKINGS)
         if len(conversations) == 0:
             raise ValueError("there are no conversations to train on")
         self.conversations = conversations

@@ -24,6 +24,7 @@ from torch import Tensor
 from nanochat.data.documents import Documents, DocumentSource, TextSource
 from nanochat.data.shards import identity, row_blocks, share
 from nanochat.data.token_cache import CachedSource
+from nanochat.settings import require_known
 from nanochat.text.tokenizer_base import Tokenizer
 
 STATE_VERSION = 3
@@ -47,24 +48,12 @@ class Batches(Protocol):
     def close(self) -> None: ...
 
 
-class Packer(Protocol):
-    """Puts documents into the rows of a batch."""
-
-    def pack(self, pair: np.ndarray | None) -> None:
-        """Fill the (2, B, T) inputs and targets of the next batch; without them, pass it over."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """Plain values that `restore` continues from."""
-        ...
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue after the batch of this state."""
-        ...
-
-
 class StreamPacker:
-    """One endless row of tokens, cut into batches; rows overlap by the one token they predict."""
+    """One endless row of tokens, cut into batches; rows overlap by the one token they predict.
+
+    pack     fills the (2, B, T) inputs and targets of the next batch; without them, passes it over
+    state    plain values; `restore` continues after the batch of these
+    """
 
     def __init__(self, source: DocumentSource, batch_size: int, sequence_len: int) -> None:
         self.B, self.T = batch_size, sequence_len
@@ -101,7 +90,8 @@ class StreamPacker:
 class BestFitPacker:
     """Rows that begin with a document: the longest that fits, again and again, the last cropped.
 
-    Rows of 8 tokens, documents of 6, 5, 3, 3 and 2 tokens waiting:
+    Packs, and tells its state, as StreamPacker does. Rows of 8 tokens, and documents of 6, 5, 3, 3
+    and 2 tokens that wait:
 
         6 6 6 6 6 6 2 2    6 is the longest that fits, then 2 fills the rest
         5 5 5 5 5 3 3 3
@@ -187,8 +177,7 @@ class DataLoader:
         skip_bad_shards: bool = False,
         token_cache: Path | None = None,
     ) -> None:
-        if packing not in PACKERS:
-            raise ValueError(f"packing {packing!r} is unknown; choose {' or '.join(PACKERS)}")
+        require_known("packing", packing, PACKERS)
         blocks = row_blocks(data_dir, split, skip_bad_shards)
         self.identity = {
             "version": STATE_VERSION,
@@ -209,7 +198,7 @@ class DataLoader:
         self.file_numbers = {path: number for number, path in enumerate(paths)}
         self.shape = (2, batch_size, sequence_len)
         self.pin = torch.device(device).type == "cuda"
-        self.packer: Packer = PACKERS[packing](self.source, batch_size, sequence_len)
+        self.packer = PACKERS[packing](self.source, batch_size, sequence_len)
         if state is not None:
             self._restore(state)
 

@@ -12,8 +12,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, chain, groupby, pairwise
-from typing import Protocol, runtime_checkable
+from itertools import accumulate, groupby, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -24,27 +23,10 @@ from nanochat.text.tokenizer_base import Tokenizer
 DOCUMENTS_AT_ONCE = 128  # tokenized together: enough for several threads, a few milliseconds
 
 
-@runtime_checkable
-class ArrayTokenizer(Protocol):
-    """A tokenizer that returns arrays, without a Python list of ids."""
-
-    def encode_to_numpy(
-        self, texts: list[str], prepend: int | str | None = ..., num_threads: int = ...
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts in one array, and the offsets at which each begins and the last ends."""
-        ...
-
-
 def encode_documents(tokenizer: Tokenizer, texts: list[str], threads: int) -> list[np.ndarray]:
     """Ids of each text after a BOS, uint16 if every id of the vocabulary fits, else uint32."""
     bos = tokenizer.get_bos_token_id()
-    if isinstance(tokenizer, ArrayTokenizer):
-        tokens, offsets = tokenizer.encode_to_numpy(texts, prepend=bos, num_threads=threads)
-    else:
-        batch = tokenizer.encode(texts, prepend=bos, num_threads=threads)
-        offsets = np.cumsum([0, *map(len, batch)])
-        dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-        tokens = np.fromiter(chain.from_iterable(batch), dtype, offsets[-1])
+    tokens, offsets = tokenizer.encode_to_numpy(texts, prepend=bos, num_threads=threads)
     return [tokens[start:stop] for start, stop in pairwise(offsets.tolist())]
 
 

@@ -5,5 +5,5 @@
     core          CORE's in-context learning tasks, batched, shared prefixes computed once
     tasks         accuracy on tasks by likelihood or generation, pass@k, ChatCORE
 
-May import: common, gpt, infer, text.
+May import: common, files, gpt, infer, text.
 """

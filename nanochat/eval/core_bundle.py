@@ -6,7 +6,6 @@
 """
 
 import csv
-import json
 import shutil
 import zipfile
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import requests
 import yaml
 from filelock import FileLock
 from rich.progress import Progress
+
+from nanochat.files import read_json_lines
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 FOLDER = "eval_bundle"
@@ -40,15 +41,7 @@ class CoreTask:
 
         Raises  ValueError naming file and line where one cannot be read.
         """
-        items = []
-        with self.path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    items.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{self.path}:{number}: not JSON ({error})") from error
+        items = [item for _, item in read_json_lines(self.path)]
         if not items:
             raise ValueError(f"{self.path} holds no examples")
         return items

@@ -25,15 +25,8 @@ from nanochat.kernels.optional_triton import tl, triton
 from nanochat.kernels.registry import Cost, Op
 from nanochat.kernels.workloads import Workload
 
-STEP = Config(
-    "adamw_step.step",
-    {
-        "BLOCK": 1024,
-        "num_warps": 4,
-        "num_stages": 1,
-        "origin": "not measured: 32 bytes a thread and tensor",
-    },
-)
+TILES = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
+STEP = Config("adamw_step.step", TILES | {"origin": "not measured: 32 bytes a thread and tensor"})
 
 
 @torch.no_grad()
@@ -98,12 +91,7 @@ def fused(
     launch(step_kernel, grid, *tensors, weight.numel(), *rates, **options)
 
 
-@fused.register_fake
-def _(
-    weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
-    beta1: float, beta2: float, eps: float, decay: float, rate: float, root_scale: float,
-) -> None:  # fmt: skip
-    return None
+fused.register_fake(lambda *arguments: None)
 
 
 @torch.no_grad()

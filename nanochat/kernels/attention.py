@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanochat.kernels.registry import Cost, Op
+from nanochat.kernels.registry import Cost, Needs, Op
 from nanochat.kernels.workloads import HEAD_DIM, Workload
 
 
@@ -99,6 +99,24 @@ def sdpa(
         return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 
+def without_cache(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An implementation of whole sequences, (q, k, v, window) -> y; sdpa where there is a cache."""
+
+    @functools.wraps(call)
+    def implementation(
+        q_BTHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        window: int | None = None,
+        kv_lengths_B: Tensor | None = None,
+    ) -> Tensor:
+        if kv_lengths_B is not None or q_BTHD.shape[1] != k_BSHD.shape[1]:
+            return sdpa(q_BTHD, k_BSHD, v_BSHD, window, kv_lengths_B)
+        return call(q_BTHD, k_BSHD, v_BSHD, window)
+
+    return implementation
+
+
 @functools.cache
 def _block_mask(T: int, window: int | None, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask  # imports the compiler
@@ -117,35 +135,21 @@ def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def flex(
-    q_BTHD: Tensor,
-    k_BSHD: Tensor,
-    v_BSHD: Tensor,
-    window: int | None = None,
-    kv_lengths_B: Tensor | None = None,
-) -> Tensor:
+@without_cache
+def flex(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, window: int | None) -> Tensor:
     """torch's FlexAttention, compiled, which skips the blocks outside the window."""
-    if kv_lengths_B is not None or q_BTHD.shape[1] != k_BSHD.shape[1]:
-        return sdpa(q_BTHD, k_BSHD, v_BSHD, window, kv_lengths_B)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSHD, v_BSHD))
     block_mask = _block_mask(q.shape[2], window, q.device)
     gqa = q.shape[1] != k.shape[1]
     return _compiled_flex()(q, k, v, block_mask=block_mask, enable_gqa=gqa).transpose(1, 2)
 
 
-def varlen(
-    q_BTHD: Tensor,
-    k_BSHD: Tensor,
-    v_BSHD: Tensor,
-    window: int | None = None,
-    kv_lengths_B: Tensor | None = None,
-) -> Tensor:
+@without_cache
+def varlen(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, window: int | None) -> Tensor:
     """torch's own FlashAttention-2 with a window, through torch.nn.attention.varlen."""
     from torch.nn.attention.varlen import varlen_attn
 
     B, T, H, _ = q_BTHD.shape
-    if kv_lengths_B is not None or k_BSHD.shape[1] != T:
-        return sdpa(q_BTHD, k_BSHD, v_BSHD, window, kv_lengths_B)
     groups = H // k_BSHD.shape[2]
     q, k, v = (x.flatten(0, 1) for x in (q_BTHD, k_BSHD, v_BSHD))
     if groups > 1:
@@ -166,21 +170,17 @@ FLASH_MODULES = {
 }
 
 
-def flash(
-    module: str,
-    q_BTHD: Tensor,
-    k_BSHD: Tensor,
-    v_BSHD: Tensor,
-    window: int | None = None,
-    kv_lengths_B: Tensor | None = None,
-) -> Tensor:
+def flash(module: str) -> Callable[..., Tensor]:
     """flash_attn_func of an installed flash-attention package."""
-    if kv_lengths_B is not None or q_BTHD.shape[1] != k_BSHD.shape[1]:
-        return sdpa(q_BTHD, k_BSHD, v_BSHD, window, kv_lengths_B)
-    call = importlib.import_module(module).flash_attn_func
-    sides = {} if window is None else {"window_size": (window - 1, 0)}
-    y = call(q_BTHD, k_BSHD, v_BSHD, causal=True, **sides)
-    return y[0] if isinstance(y, tuple) else y  # some versions add the row sums
+
+    @without_cache
+    def call(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, window: int | None) -> Tensor:
+        flash_attn_func = importlib.import_module(module).flash_attn_func
+        sides = {} if window is None else {"window_size": (window - 1, 0)}
+        y = flash_attn_func(q_BTHD, k_BSHD, v_BSHD, causal=True, **sides)
+        return y[0] if isinstance(y, tuple) else y  # some versions add the row sums
+
+    return call
 
 
 def needs_cuda(device: torch.device, dtype: torch.dtype) -> str:
@@ -259,12 +259,10 @@ def workload(w: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Ten
     )
 
 
-def _flash_call(name: str) -> Callable[..., Tensor]:
-    return functools.partial(flash, FLASH_MODULES[name])
-
-
-def _flash_needs(name: str) -> Callable[[torch.device, torch.dtype], str]:
-    return functools.partial(needs_package, FLASH_MODULES[name])
+def add_flash(name: str, auto: Needs) -> None:
+    """Register an implementation of FLASH_MODULES."""
+    module = FLASH_MODULES[name]
+    attention.add(name, flash(module), functools.partial(needs_package, module), auto)
 
 
 attention = Op(
@@ -273,7 +271,7 @@ attention = Op(
 )  # fmt: skip
 attention.add("flex", flex, needs_cuda, only_windows)
 attention.add("varlen", varlen, needs_cuda, only_windows)
-attention.add("fa2", _flash_call("fa2"), _flash_needs("fa2"), only_windows)
+add_flash("fa2", only_windows)
 attention.add("sdpa", sdpa)
-attention.add("fa4", _flash_call("fa4"), _flash_needs("fa4"), flash_on_hopper)
-attention.add("fa3", _flash_call("fa3"), _flash_needs("fa3"), flash_on_hopper)
+add_flash("fa4", flash_on_hopper)
+add_flash("fa3", flash_on_hopper)

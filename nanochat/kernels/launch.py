@@ -36,12 +36,12 @@ CONFIGS: dict[str, "Config"] = {}  # by kernel
 class Recorder:
     """Collects launches instead of running them, as if on a GPU of `architecture`.
 
-    lookups  each configuration asked for, with the size and the element size.
+    lookups  each configuration asked for, the size, the element size, and the entry that answered.
     """
 
     architecture: str
     launches: list["Launch"] = field(default_factory=list)
-    lookups: list[tuple["Config", int, int]] = field(default_factory=list)
+    lookups: list[tuple["Config", int, int, Entry]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -181,14 +181,15 @@ class Config:
         Raises  ValueError where no entry covers the size.
         """
         architecture = architecture_of(like.device)
-        recorder = _recorder.get()
-        if recorder:
-            recorder.lookups.append((self, size, like.element_size()))
         # entries are in order: those for one dtype or for small sizes stand before the general one
         for entry in self.entries(architecture):
             fits = like.element_size() == entry.get("element_size", like.element_size())
             if fits and size <= entry.get("up_to", size):
-                return {key: value for key, value in entry.items() if key not in SELECTORS}
+                found = {key: value for key, value in entry.items() if key not in SELECTORS}
+                recorder = _recorder.get()
+                if recorder:
+                    recorder.lookups.append((self, size, like.element_size(), found))
+                return found
         raise ValueError(
             f"{self.kernel}: no configuration of {architecture} covers size {size} in "
             f"{like.dtype}; choose --kernels={self.kernel.split('.')[0]}=reference"

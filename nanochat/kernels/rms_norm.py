@@ -64,19 +64,10 @@ def add_reference(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def forward_kernel(
-    x_ptr,
-    delta_ptr,
-    sum_ptr,
-    y_ptr,
-    rows,
-    x_stride,
-    delta_stride,
-    D: tl.constexpr,
-    EPS: tl.constexpr,
-    ADD: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, delta_ptr, sum_ptr, y_ptr, rows, x_stride, delta_stride,
+    D: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     # a tile of whole rows: BLOCK_ROWS x BLOCK_D, int64 because row * stride may pass 2^31
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
@@ -96,18 +87,10 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    x_ptr,
-    dy_ptr,
-    dsum_ptr,
-    dx_ptr,
-    rows,
-    x_stride,
-    D: tl.constexpr,
-    EPS: tl.constexpr,
-    ADD: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, dy_ptr, dsum_ptr, dx_ptr, rows, x_stride,
+    D: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
     mask = (row < rows) & (column < D)

@@ -48,17 +48,9 @@ class AdamW(BucketOptimizer):
         """adamw_step with the group's rates."""
         state, group = bucket.state, self.param_groups[bucket.group_index]
         state["step"] += 1
-        adamw_step(
-            weight,
-            gradient,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["step"],
-            group["lr"],
-            group["betas"],
-            group["eps"],
-            group["weight_decay"],
-        )
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        rates = (group[name] for name in ("lr", "betas", "eps", "weight_decay"))
+        adamw_step(weight, gradient, *moments, state["step"], *rates)
 
 
 class DistAdamW(ShardedBuckets, AdamW):

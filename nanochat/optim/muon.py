@@ -17,6 +17,7 @@ from nanochat.kernels.newton_schulz import (
     newton_schulz,
 )
 from nanochat.optim.sharding import Bucket, BucketOptimizer, Piece, ShardedBuckets
+from nanochat.settings import require_known
 
 COEFFICIENTS = {"muon": MUON_COEFFICIENTS, "polar_express": POLAR_EXPRESS_COEFFICIENTS}
 
@@ -71,10 +72,7 @@ class Muon(BucketOptimizer):
         coefficients: str = "muon",
         compute_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        if coefficients not in COEFFICIENTS:
-            raise ValueError(
-                f"coefficients {coefficients!r} are unknown; choose {' or '.join(COEFFICIENTS)}"
-            )
+        require_known("coefficients", coefficients, COEFFICIENTS)
         self.coefficients = COEFFICIENTS[coefficients]
         self.compute_dtype = compute_dtype
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
@@ -122,9 +120,7 @@ class Muon(BucketOptimizer):
             weight,
             gradient,
             momentum_LMN,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
+            **{name: group[name] for name in ("lr", "momentum", "weight_decay")},
             coefficients=self.coefficients,
             compute_dtype=self.compute_dtype,
         )

@@ -5,5 +5,5 @@
     answer       generated tokens sorted into text and tool calls
     server       the HTTP API and the WebSocket; ui.html is its page
 
-May import: common, gpt, infer, kernels, stages, text, train.
+May import: common, gpt, infer, kernels, settings, stages, text, train.
 """

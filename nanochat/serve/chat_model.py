@@ -2,36 +2,28 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any
+
+import tyro
 
 from nanochat import stages
 from nanochat.common import Runtime, print0, setup_training
 from nanochat.gpt import GPT
 from nanochat.infer.engine import Engine
 from nanochat.kernels.registry import format_choices, select
+from nanochat.settings import Choices, ModelSettings
 from nanochat.stages import Stage
 from nanochat.text.tokenizer import get_tokenizer
 from nanochat.text.tokenizer_base import Tokenizer
 from nanochat.train import run
 
 
-class ChatSettings(Protocol):
-    """The settings that chat_cli, chat_web and chat_eval have in common."""
+@dataclass(frozen=True)
+class ChatSettings(ModelSettings):
+    """Settings that chat_cli, chat_web and chat_eval have in common."""
 
-    @property
-    def checkpoint(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def model_tag(self) -> str: ...
-    @property
-    def tokenizer_dir(self) -> str: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def kernels(self) -> str: ...
-    @property
-    def verbose(self) -> bool: ...
+    source: Annotated[str, Choices(stages.sources), tyro.conf.arg(aliases=["-i"])] = "sft"  # stage
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # tag to look in
 
 
 @dataclass(frozen=True)

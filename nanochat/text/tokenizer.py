@@ -11,7 +11,6 @@ All end with the nine special tokens. Text never becomes a special token, whatev
 import base64
 import json
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -26,7 +25,6 @@ from nanochat.text.tokenizer_base import (
     NUM_BYTES,
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
-    Affix,
     Tokenizer,
     check_vocab_size,
 )
@@ -110,39 +108,13 @@ class TiktokenTokenizer(Tokenizer):
     def get_special_tokens(self) -> set[str]:
         return self.encoding.special_tokens_set
 
-    def encode_special(self, text: str) -> int:
-        if text not in self.encoding.special_tokens_set:
-            raise ValueError(f"{text!r} is not a special token; known: {sorted(SPECIAL_TOKENS)}")
-        return self.encoding.encode_single_token(text)
+    def _special_id(self, name: str) -> int:
+        return self.encoding.encode_single_token(name)
 
     def encode_ordinary_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
         if len(texts) == 1:
             return [self.encoding.encode_ordinary(texts[0])]
         return self.encoding.encode_ordinary_batch(texts, num_threads=num_threads)
-
-    def encode_to_numpy(
-        self, texts: list[str], prepend: Affix = None, num_threads: int = 8
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts in one array, and where each begins: (tokens, offsets).
-
-        prepend  an id or the name of a special token, put before each text.
-        tokens   (total,), uint16 if every id of the vocabulary fits, else uint32
-        offsets  (len(texts) + 1,) int64; text i is tokens[offsets[i] : offsets[i + 1]]
-        """
-        dtype = np.uint16 if self.get_vocab_size() <= 2**16 else np.uint32
-        tokens, offsets = self._ordinary_to_numpy(texts, num_threads)
-        tokens = tokens.astype(dtype, copy=False)
-        for token_id in self._affix(prepend):
-            tokens = np.insert(tokens, offsets[:-1], token_id)
-            offsets = offsets + np.arange(len(offsets))
-        return tokens, offsets
-
-    def _ordinary_to_numpy(
-        self, texts: list[str], num_threads: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        batch = self.encode_ordinary_batch(texts, num_threads)
-        offsets = np.cumsum([0, *map(len, batch)], dtype=np.int64)
-        return np.fromiter(chain.from_iterable(batch), np.uint32, offsets[-1]), offsets
 
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode(ids)
@@ -277,17 +249,26 @@ class HuggingFaceTokenizer(Tokenizer):
     def get_special_tokens(self) -> set[str]:
         return {t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.special}
 
-    def encode_special(self, text: str) -> int:
-        token_id = self.tokenizer.token_to_id(text)
-        if token_id is None or text not in self.get_special_tokens():
-            raise ValueError(
-                f"{text!r} is not a special token; known: {sorted(self.get_special_tokens())}"
-            )
+    def _special_id(self, name: str) -> int:
+        token_id = self.tokenizer.token_to_id(name)
+        assert token_id is not None
         return token_id
 
     def encode_ordinary_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
-        """As the base class says; the library chooses its threads itself."""
-        return [self._ordinary(text) for text in texts]
+        """As the base class says; the library chooses its threads itself.
+
+        It does not look for special tokens: their text is cut by the model alone.
+        """
+        pre_tokenizer, model = self.tokenizer.pre_tokenizer, self.tokenizer.model
+        assert pre_tokenizer is not None
+        return [
+            [
+                token.id
+                for piece, _ in pre_tokenizer.pre_tokenize_str(text)
+                for token in model.tokenize(piece)
+            ]
+            for text in texts
+        ]
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
@@ -297,16 +278,6 @@ class HuggingFaceTokenizer(Tokenizer):
         special = self.get_special_tokens()
         names = [self.tokenizer.id_to_token(i) for i in range(self.get_vocab_size())]
         return [None if n in special else bytes(to_byte[c] for c in n or "") for n in names]
-
-    def _ordinary(self, text: str) -> list[int]:
-        """Encode without looking for special tokens: their text is cut by the model alone."""
-        pre_tokenizer, model = self.tokenizer.pre_tokenizer, self.tokenizer.model
-        assert pre_tokenizer is not None
-        return [
-            token.id
-            for piece, _ in pre_tokenizer.pre_tokenize_str(text)
-            for token in model.tokenize(piece)
-        ]
 
 
 def replace_surrogates(text: str) -> str:

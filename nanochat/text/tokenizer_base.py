@@ -2,8 +2,11 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from itertools import chain
 from pathlib import Path
 from typing import overload
+
+import numpy as np
 
 from nanochat.text import chat_format
 from nanochat.text.chat_format import Conversation
@@ -60,8 +63,8 @@ class Tokenizer(ABC):
         """Names of the special tokens."""
 
     @abstractmethod
-    def encode_special(self, text: str) -> int:
-        """Id of a special token. Raises ValueError for any other name."""
+    def _special_id(self, name: str) -> int:
+        """Id of one of the special tokens."""
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
@@ -74,6 +77,13 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_ordinary_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
         """Ids of each text, without any special token."""
+
+    def encode_special(self, text: str) -> int:
+        """Id of a special token. Raises ValueError for any other name."""
+        if text not in self.get_special_tokens():
+            known = sorted(self.get_special_tokens())
+            raise ValueError(f"{text!r} is not a special token; known: {known}")
+        return self._special_id(text)
 
     def get_bos_token_id(self) -> int:
         """Id of the token that begins every document."""
@@ -117,6 +127,30 @@ class Tokenizer(ABC):
         return batch[0] if isinstance(text, str) else batch
 
     __call__ = encode
+
+    def encode_to_numpy(
+        self, texts: list[str], prepend: Affix = None, num_threads: int = 8
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts in one array, and where each begins: (tokens, offsets).
+
+        prepend  an id or the name of a special token, put before each text.
+        tokens   (total,), uint16 if every id of the vocabulary fits, else uint32
+        offsets  (len(texts) + 1,) int64; text i is tokens[offsets[i] : offsets[i + 1]]
+        """
+        dtype = np.uint16 if self.get_vocab_size() <= 2**16 else np.uint32
+        tokens, offsets = self._ordinary_to_numpy(texts, num_threads)
+        tokens = tokens.astype(dtype, copy=False)
+        for token_id in self._affix(prepend):
+            tokens = np.insert(tokens, offsets[:-1], token_id)
+            offsets = offsets + np.arange(len(offsets))
+        return tokens, offsets
+
+    def _ordinary_to_numpy(
+        self, texts: list[str], num_threads: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        batch = self.encode_ordinary_batch(texts, num_threads)
+        offsets = np.cumsum([0, *map(len, batch)], dtype=np.int64)
+        return np.fromiter(chain.from_iterable(batch), np.uint32, offsets[-1]), offsets
 
     def render_conversation(
         self, conversation: Conversation, max_tokens: int = 2048

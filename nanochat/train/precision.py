@@ -17,7 +17,7 @@ import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from nanochat.common import Runtime
 from nanochat.gpt import GPT
@@ -29,24 +29,13 @@ EXPERIMENTS = "experiments"
 QUANTIZED = "quantized_weights"  # in the meta of a checkpoint: {"precision": NAME, ...}
 
 
-class Precision(Protocol):
-    """What a training loop needs of it.
+class Precision:
+    """What a training loop needs of it; this one leaves every product in the compute dtype.
 
     record    plain values for checkpoints and metrics: what every product runs in.
     emulated  whether products are computed in a stand-in for the format: the losses are those of
               the format, the time is not, so no run may present it as a speed.
     """
-
-    record: dict[str, Any]
-    emulated: bool
-
-    def begin_step(self, step: int) -> None:
-        """Draw whatever is random in this step: a resumed run draws the same."""
-        ...
-
-
-class Plain:
-    """Every product in the compute dtype."""
 
     emulated = False
 
@@ -54,7 +43,7 @@ class Plain:
         self.record: dict[str, Any] = {"name": PLAIN}
 
     def begin_step(self, step: int) -> None:
-        """Nothing is random."""
+        """Draw whatever is random in this step: a resumed run draws the same. Here nothing is."""
 
 
 def prepare(name: str, model: GPT, runtime: Runtime, settings: Mapping[str, Any]) -> Precision:
@@ -73,7 +62,7 @@ def prepare(name: str, model: GPT, runtime: Runtime, settings: Mapping[str, Any]
             f"--{given[0]}={options[given[0]]} means nothing with --precision={PLAIN}; choose "
             f"--precision={' or '.join(_names())}, or leave it out"
         )
-    return Plain()
+    return Precision()
 
 
 def accept_weights(model: GPT, meta: Mapping[str, Any]) -> None:

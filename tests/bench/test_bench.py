@@ -27,7 +27,8 @@ from bench.contenders import (
     relative_errors,
 )
 from bench.report import markdown
-from bench.rows import Ceilings, Replay, Session, auto_losses, load, replay, save
+from bench.rows import auto_losses, load, save
+from bench.session import Ceilings, Replay, Session, replay
 from bench.train_steps import SMALL_SIZE, Size, Variant
 from bench.tune import Task, Tuner, tasks
 from nanochat.common import Runtime

@@ -1,11 +1,7 @@
 """Downloads from a server on loopback that speaks as much of the Hugging Face Hub as they need."""
 
-import hashlib
-import http.server
 import io
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.data.hub import HubDataset, download, download_shard
+from tests.support.hub import Hub, serving
 
-COMMIT = "0" * 40
 HUB = HubDataset("someone/shards", "base_data", 3)
 
 
@@ -24,62 +20,12 @@ def shard(index: int) -> bytes:
     return sink.getvalue()
 
 
-@dataclass
-class Hub:
-    """What is served, and what was asked for."""
-
-    endpoint: str = ""
-    files: dict[str, bytes] = field(default_factory=dict)
-    announced: dict[str, str] = field(default_factory=dict)
-    downloads: list[str] = field(default_factory=list)
-    breaks: int = 0  # downloads to break off in the middle
-
-
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    state = Hub(files={f"shard_{i:05d}.parquet": shard(i) for i in range(3)})
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def answer(self, body: bool) -> None:
-            name = self.path.rsplit("/", 1)[-1]
-            data = state.files.get(name)
-            if data is None:
-                self.send_error(404)
-                return
-            sha = state.announced.get(name, hashlib.sha256(data).hexdigest())
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("X-Linked-Etag", f'"{sha}"')
-            self.send_header("X-Linked-Size", str(len(data)))
-            self.send_header("ETag", f'"{sha}"')
-            self.end_headers()
-            if body:
-                state.downloads.append(name)
-                if state.breaks > 0:
-                    state.breaks -= 1
-                    data = data[: len(data) // 2]
-                    self.close_connection = True
-                self.wfile.write(data)
-
-        def do_HEAD(self) -> None:
-            self.answer(body=False)
-
-        def do_GET(self) -> None:
-            self.answer(body=True)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    state.endpoint = f"http://127.0.0.1:{server.server_port}"
-    yield state
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    files = {f"shard_{i:05d}.parquet": shard(i) for i in range(3)}
+    with serving(Hub(HUB.repository, "main", files)) as server:
+        yield server
 
 
 def test_shards_arrive_once(hub: Hub, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import http.server
 import json
 import random
-import threading
 import zipfile
 from collections.abc import Iterator
 from functools import partial
@@ -27,6 +26,7 @@ from nanochat.eval.core import (
 from nanochat.eval.core_bundle import CoreTask, get_bundle, load_tasks
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.text.tokenizer import RustBPETokenizer
+from tests.support.hub import serving
 
 TEXT = "the cat sat on a mat and the dog ran far away from it because they wait"
 WORDS = TEXT.split()
@@ -284,12 +284,8 @@ def server(bundle: Path, tmp_path: Path) -> Iterator[str]:
             file.write(path, path.relative_to(bundle.parent))
     RangeHandler.requests.clear()
     handler = partial(RangeHandler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
-        thread.start()
+    with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)) as httpd:
         yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
-        thread.join()
 
 
 def test_download_goes_on_where_it_stopped(server: str, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_the_table_of_a_gpu_replaces_the_defaults(tiles: Config) -> None:
         assert tiles.choose(x, 5) == {"BLOCK": 32}
     with launch.recording("sm_78"):
         assert tiles.choose(x, 5) == {"BLOCK": 8}
-    assert recorder.lookups == [(tiles, 5, 4)]
+    assert recorder.lookups == [(tiles, 5, 4, {"BLOCK": 32})]
 
 
 def test_shipped_tables_name_configurations_that_exist() -> None:

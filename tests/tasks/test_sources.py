@@ -1,10 +1,6 @@
 """Files of tasks: JSONL or parquet, local or from a server that speaks as the Hub does."""
 
-import hashlib
-import http.server
 import json
-import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.sources import Source
+from tests.support.hub import Hub, serving
 
 DATA = Path(__file__).resolve().parent / "fixtures"
 
@@ -95,71 +92,6 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
         GSM8K("test", tmp_path)
 
 
-class Hub(http.server.ThreadingHTTPServer):
-    """Speaks as much of the Hugging Face Hub as downloading a split needs."""
-
-    def __init__(self, folder: Path, revision: str) -> None:
-        super().__init__(("127.0.0.1", 0), HubHandler)
-        self.folder = folder
-        self.revision = revision
-        self.requests: list[str] = []
-        self.downloads: list[str] = []
-        self.endpoint = f"http://127.0.0.1:{self.server_port}"
-
-
-class HubHandler(http.server.BaseHTTPRequestHandler):
-    def answer(self, body: bool) -> None:
-        hub = self.server
-        assert isinstance(hub, Hub)
-        path = self.path.partition("?")[0]
-        hub.requests.append(path)
-        names = [p.relative_to(hub.folder).as_posix() for p in hub.folder.rglob("*.*")]
-        api = {
-            "tree": [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names],
-            "revision": {
-                "id": "someone/sums",
-                "sha": hub.revision,
-                "siblings": [{"rfilename": name} for name in names],
-            },
-        }
-        question = re.fullmatch(r"/api/datasets/someone/sums/(\w+)/(\w+)", path)
-        if question and question[1] in api and question[2] == hub.revision:
-            data = json.dumps(api[question[1]]).encode()
-            headers = {"Content-Type": "application/json"}
-        else:
-            prefix = f"/datasets/someone/sums/resolve/{hub.revision}/"
-            file = hub.folder / path.removeprefix(prefix)
-            if not path.startswith(prefix) or not file.is_file():
-                self.send_error(404)
-                return
-            data = file.read_bytes()
-            digest = hashlib.sha256(data).hexdigest()
-            headers = {
-                "X-Repo-Commit": hub.revision,
-                "X-Linked-Etag": f'"{digest}"',
-                "X-Linked-Size": str(len(data)),
-                "ETag": f'"{digest}"',
-            }
-            if body:
-                hub.downloads.append(file.name)
-        self.send_response(200)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 SUMS = Source("someone/sums", "5" * 40, ("sums/data", "sums"), ("train", "test"), ("question",))
 
 
@@ -169,13 +101,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     folder = tmp_path / "hub"
     to_parquet(DATA / "gsm8k/main/test.jsonl", SHARDS, folder / "data")
     to_parquet(DATA / "gsm8k/main/test.jsonl", ["test.parquet"], folder / "other")
-    server = Hub(folder, SUMS.revision)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+    with serving(Hub(SUMS.repository, SUMS.revision, files)) as server:
+        yield server
 
 
 def test_a_split_is_downloaded_once(hub: Hub, base_dir: Path) -> None:
@@ -188,7 +116,7 @@ def test_a_split_is_downloaded_once(hub: Hub, base_dir: Path) -> None:
     assert sorted(hub.downloads) == SHARDS
     for name in SHARDS:
         got = base_dir / "task_data" / "sums" / "data" / name
-        assert got.read_bytes() == (hub.folder / "data" / name).read_bytes()
+        assert got.read_bytes() == hub.files[f"data/{name}"]
 
 
 def test_files_that_are_there_are_not_asked_for(hub: Hub, base_dir: Path) -> None:

@@ -15,12 +15,17 @@ from nanochat.kernels.launch import Launch, architecture_of, recording
 WIDTH = 768  # of the d12 model
 
 
+def example_operand(fmt: str, rows: int, columns: int) -> ScaledTensor:
+    """A matrix of the sizes of a real one, with nothing in it."""
+    number = FORMATS[fmt]
+    codes = torch.empty((rows, columns // number.elements_per_byte), dtype=torch.uint8)
+    scales = torch.empty(swizzled_shape(rows, columns // number.block), dtype=torch.uint8)
+    return ScaledTensor(codes, scales, fmt, columns, torch.ones(()) if fmt == "nvfp4" else None)
+
+
 def example_launch(fmt: str, target: str) -> Launch:
     """The launch of a product in format `fmt` on `target`."""
-    codes = torch.empty((128, WIDTH * FORMATS[fmt].element_bits // 8), dtype=torch.uint8)
-    scales = torch.empty(swizzled_shape(128, WIDTH // FORMATS[fmt].block), dtype=torch.uint8)
-    total = torch.ones(()) if fmt == "nvfp4" else None
-    operand = ScaledTensor(codes, scales, fmt, WIDTH, total)
+    operand = example_operand(fmt, 128, WIDTH)
     with recording(target) as recorder:
         matmul(operand, operand)
     return recorder.launches[0]

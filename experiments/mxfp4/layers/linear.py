@@ -127,14 +127,6 @@ class MXLinear(nn.Module):
         self.randomness = randomness
         self.specs = {s: LayerSpec(recipe, backend, stream, s) for s in (False, True)}
 
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
-
     def forward(self, x: Tensor, squared: bool = False) -> Tensor:
         """squared  multiply relu(x)^2 instead of x: ReLU^2 and the quantizer are one kernel.
 
@@ -159,7 +151,8 @@ class MXLinear(nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, recipe={self.recipe.name}"
+        outputs, inputs = self.weight.shape
+        return f"{inputs}, {outputs}, recipe={self.recipe.name}"
 
 
 class MXMLP(nn.Module):

@@ -40,6 +40,12 @@ from experiments.mxfp4.numbers.randomness import HADAMARD
 
 SCALE_MODES = ("floor", "rceil", "even")
 ROUNDINGS = ("nearest", "stochastic")
+# word of a quantizer's text -> its field
+FIELD_OF: dict[str, str] = {
+    **dict.fromkeys(SCALE_MODES, "scale_mode"),
+    **dict.fromkeys(ROUNDINGS, "rounding"),
+    "hadamard": "hadamard",
+}
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
@@ -135,16 +141,11 @@ class Quantizer:
         name, *words = text.split()
         fields: dict[str, Any] = {"format": name}
         for word in words:
-            if word in SCALE_MODES:
-                fields["scale_mode"] = word
-            elif word in ROUNDINGS:
-                fields["rounding"] = word
-            elif word == "hadamard":
-                fields["hadamard"] = True
-            else:
-                known = ", ".join((*SCALE_MODES, *ROUNDINGS, "hadamard"))
+            if word not in FIELD_OF:
+                known = ", ".join(FIELD_OF)
                 raise ValueError(f"{word!r} is no part of a quantizer; known: {known}")
-        return cls(**fields)
+            fields[FIELD_OF[word]] = word
+        return cls(**fields | {"hadamard": "hadamard" in words})
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,12 @@ import torch
 
 from experiments.mxfp4.kernels import gemm
 from experiments.mxfp4.kernels.gemv import gemv
-from experiments.mxfp4.kernels.native import is_native
+from experiments.mxfp4.kernels.native import example_operand, is_native
 from experiments.mxfp4.kernels.ptx import block_scaled, matrix_products
 from experiments.mxfp4.kernels.quantize import quantize
 from experiments.mxfp4.layers.backends import BACKENDS, OperandSpec
 from experiments.mxfp4.layers.recipes import RECIPES
-from experiments.mxfp4.numbers.formats import FORMATS, Quantizer, ScaledTensor
-from experiments.mxfp4.numbers.layout import swizzled_shape
+from experiments.mxfp4.numbers.formats import FORMATS, Quantizer
 from nanochat.kernels import aot
 from nanochat.kernels.launch import Launch, recording
 from nanochat.tracking import write_json
@@ -36,14 +35,6 @@ NATIVE_TARGETS = ("sm_100", "sm_120")
 RMS_NORM_PAIRS = (("mxfp4 even", "mxfp4 even"), ("mxfp8_e4m3 rceil", "mxfp4 even hadamard"))
 RELU2_QUANTIZERS = {"mxfp4": "mxfp4 even", "mxfp8_e4m3": "mxfp8_e4m3 rceil"}
 EVEN_K, MASKED_K = 768, 640  # whole blocks along K in every kernel, and a last one that is not
-
-
-def operand(fmt: str, rows: int, columns: int) -> ScaledTensor:
-    """A matrix of the sizes of a real one, with nothing in it."""
-    number = FORMATS[fmt]
-    codes = torch.empty((rows, columns // number.elements_per_byte), dtype=torch.uint8)
-    scales = torch.empty(swizzled_shape(rows, columns // number.block), dtype=torch.uint8)
-    return ScaledTensor(codes, scales, fmt, columns, torch.ones(()) if fmt == "nvfp4" else None)
 
 
 def recorded(target: str, op: str, kind: str, size: str, run: Callable[[], Any]) -> aot.Call:
@@ -95,7 +86,8 @@ def quantize_calls(target: str) -> Iterator[aot.Call]:
 def product_calls(target: str) -> Iterator[aot.Call]:
     """Products of each format with every epilogue, whole and masked along K."""
     for fmt, k in (*itertools.product(FORMATS, [EVEN_K]), ("mxfp4", MASKED_K)):
-        a, b, out = operand(fmt, 256, k), operand(fmt, 384, k), torch.empty(256, 384)
+        a, b = example_operand(fmt, 256, k), example_operand(fmt, 384, k)
+        out = torch.empty(256, 384)
         runs: dict[str, Callable[[], Any]] = {
             "store": lambda a=a, b=b: gemm.matmul(a, b),
             "add": lambda a=a, b=b, out=out: gemm.matmul_add_(out, a, b),
@@ -111,7 +103,7 @@ def product_calls(target: str) -> Iterator[aot.Call]:
 
 def decode_calls(target: str) -> Iterator[aot.Call]:
     """One row, and several."""
-    weight = operand("mxfp4", 768, 768)
+    weight = example_operand("mxfp4", 768, 768)
     for rows in (1, 8):
         x = torch.empty(rows, 768, dtype=torch.bfloat16)
         yield recorded(target, "gemv", "mxfp4", f"M={rows}", lambda x=x: gemv(x, weight))

@@ -9,10 +9,11 @@ to it, so one process per GPU shares the work. A seed decides the weights and ev
 text and its order are the same in all cells.
 """
 
+import functools
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -28,13 +29,12 @@ from experiments.mxfp4.layers.recipes import PRODUCTS, Recipe
 from experiments.mxfp4.studies.cells import PLAIN, chosen_cells
 from nanochat import command, configurator
 from nanochat.common import Runtime, print0, setup_training
-from nanochat.data.dataloader import DataLoader
+from nanochat.data.dataloader import tokenizing_distributed_data_loader
 from nanochat.dataset import resolve_data_dir
 from nanochat.eval.loss import evaluate_bpb
 from nanochat.kernels.registry import format_choices, select
 from nanochat.optim import schedule
 from nanochat.text.tokenizer import get_token_bytes, get_tokenizer
-from nanochat.text.tokenizer_base import Tokenizer
 from nanochat.tracking import environment, write_json
 from nanochat.train import run
 from nanochat.train.step import set_rates, train_step
@@ -69,43 +69,20 @@ class Settings:
     kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
 
 
-class Text:
-    """Batches of one split, the same ones for every cell."""
-
-    def __init__(self, settings: Settings, runtime: Runtime, tokenizer: Tokenizer) -> None:
-        self.settings, self.runtime, self.tokenizer = settings, runtime, tokenizer
-        self.folder = resolve_data_dir(settings.dataset, settings.data_dir, runtime.base_dir)
-
-    def batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """(inputs, targets) from the beginning."""
-        loader = DataLoader(
-            self.tokenizer,
-            self.folder,
-            split,
-            self.settings.device_batch_size,
-            self.settings.max_seq_len,
-            device=self.runtime.device,
-        )
-        try:
-            while True:
-                batch = next(loader)
-                device = self.runtime.device
-                yield batch.inputs.to(device), batch.targets.to(device)
-        finally:
-            loader.close()
-
-
 def train_cell(
-    settings: Settings, recipe: Recipe, seed: int, text: Text, token_bytes: Tensor
+    settings: Settings,
+    recipe: Recipe,
+    seed: int,
+    batches_of: Callable[..., Iterator[tuple[Tensor, Tensor]]],
+    token_bytes: Tensor,
+    runtime: Runtime,
 ) -> dict[str, Any]:
     """Train once; the measured values of the cell.
 
+    batches_of  a split -> its (inputs, targets) from the beginning, the same ones for every cell
     train_loss  nats per token, mean of the last steps
     """
-    runtime = text.runtime
-    config = run.model_config(
-        settings.depth, -1, settings.max_seq_len, text.tokenizer.get_vocab_size()
-    )
+    config = run.model_config(settings.depth, -1, settings.max_seq_len, len(token_bytes))
     model = run.build_model(config, runtime, seed)
     # Model and optimizers as base_train builds them; the same weights for every recipe of a seed.
     conversion = None
@@ -118,7 +95,7 @@ def train_cell(
         weight_decay=0.0,
         distributed=False,
     )
-    batches = text.batches("train")
+    batches = batches_of(split="train")
     losses: list[Tensor] = []
     started = time.perf_counter()
     for step in range(settings.num_iterations):
@@ -134,7 +111,7 @@ def train_cell(
     seconds = time.perf_counter() - started
     # Evaluation on the first validation batches, the same ones for every cell.
     num_batches = settings.eval_tokens // (settings.device_batch_size * settings.max_seq_len)
-    validation = itertools.islice(text.batches("val"), max(1, num_batches))
+    validation = itertools.islice(batches_of(split="val"), max(1, num_batches))
     tokens = settings.num_iterations * settings.micro_batches * config.sequence_len
     tokens *= settings.device_batch_size
     return {
@@ -188,7 +165,14 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
     token_bytes = get_token_bytes(runtime.device, settings.tokenizer_dir or None)
-    text = Text(settings, runtime, tokenizer)
+    batches_of = functools.partial(
+        tokenizing_distributed_data_loader,
+        tokenizer,
+        resolve_data_dir(settings.dataset, settings.data_dir, runtime.base_dir),
+        settings.device_batch_size,
+        settings.max_seq_len,
+        device=runtime.device,
+    )
     facts = {
         "vocab_size": tokenizer.get_vocab_size(),
         "dtype": str(runtime.dtype).removeprefix("torch."),
@@ -207,7 +191,7 @@ def main() -> None:
         with lock:
             if finished(path, record):
                 continue
-            values = train_cell(settings, recipe, seed, text, token_bytes)
+            values = train_cell(settings, recipe, seed, batches_of, token_bytes, runtime)
             write_json(path, {**record, **values, **facts})
         print0(
             f"{recipe.name:16} seed {seed} | validation bpb {values['bpb']:.4f} | training loss "

@@ -29,7 +29,7 @@ from experiments.mxfp4.numbers.randomness import hadamard
 from experiments.mxfp4.studies.cells import PLAIN
 from nanochat import command, configurator
 from nanochat.common import print0, setup_training
-from nanochat.data.dataloader import DataLoader
+from nanochat.data.dataloader import tokenizing_distributed_data_loader
 from nanochat.dataset import resolve_data_dir
 from nanochat.gpt import GPT
 from nanochat.kernels.registry import select
@@ -174,12 +174,10 @@ def main() -> None:
     convert(model, PLAIN, backend="emulate")
     folder = resolve_data_dir(settings.dataset, settings.data_dir, runtime.base_dir)
     length = model.config.sequence_len
-    loader = DataLoader(
-        tokenizer, folder, "val", settings.batch_size, length, device=runtime.device
+    batches = tokenizing_distributed_data_loader(
+        tokenizer, folder, settings.batch_size, length, "val", device=runtime.device
     )
-    batch = next(loader)
-    loader.close()
-    rows = measure(operands(model, batch.inputs, batch.targets))
+    rows = measure(operands(model, *next(batches)))
     config = meta["model_config"]
     what = (
         f"Depth {config['n_layer']}, width {config['n_embd']}, step {meta['step']} of a run of "

@@ -56,9 +56,9 @@ def test_a_recipe_cannot_be_changed() -> None:
     [("mx8f_mxfp4b", "mx8f_mx4b"), ("mxfp4-rtn", "mxfp4_rtn"), ("Quartet", "quartet")],
 )
 def test_an_unknown_recipe(name: str, near: str) -> None:
-    with pytest.raises(ValueError, match=f"recipe '{name}' is unknown; did you mean '{near}'"):
+    with pytest.raises(ValueError, match=f"recipe '{name}' is unknown; .*; did you mean '{near}'"):
         find_recipe(name)
-    with pytest.raises(ValueError, match="known are mx8f_mx4b, mx8f_mx4b_sr,"):
+    with pytest.raises(ValueError, match="choose mxfp8, mxfp4_rtn,"):
         find_recipe("???")
 
 
