@@ -134,7 +134,8 @@ class _Reader:
         """Into a region: a loop runs as often as its bounds say, anything else once."""
         bounds = re.search(r"scf\.for %\w+ = %(\w+) to %(\w+) step %(\w+)", text)
         if bounds is None:
-            return self.stack.append((1, False))
+            self.stack.append((1, False))
+            return
         start, stop, step = (self.value(each) for each in bounds.groups())
         trips = max(0, -(-(stop - start) // step))
         self.work.loops.append(Loop(trips, sum(is_loop for _, is_loop in self.stack)))
