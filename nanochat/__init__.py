@@ -3,7 +3,7 @@
 At the door are the files that every entry point starts with, the model, and two commands:
 
     settings       what a setting may be: ranges and choices, beside the field they belong to
-    files          digests and JSON lines of files that may be damaged
+    files          JSON lines that say where they are wrong
     command        how a command ends that was called wrongly: one line, exit code 2
     stages         the stages of training, each registered once
     configurator   defaults, config files, flags -> one frozen dataclass per script

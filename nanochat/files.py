@@ -1,19 +1,9 @@
-"""Reading files that may be damaged: their digest, and JSON lines that say where they are wrong."""
+"""Reading files that people wrote: JSON lines that say where they are wrong."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:

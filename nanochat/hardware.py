@@ -23,7 +23,6 @@ H200 = "NVIDIA H200 Tensor Core GPU datasheet (sparse rates halved)"
 AMPERE = "NVIDIA A100 Tensor Core GPU datasheet"
 RTX_BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A"
 RTX_PRO = "NVIDIA RTX PRO 6000 Blackwell datasheet and RTX PRO Blackwell whitepaper"
-GA102 = "NVIDIA Ampere GA102 whitepaper"
 ADA = "NVIDIA Ada GPU Architecture whitepaper, appendix A"
 
 
@@ -70,19 +69,42 @@ GPUS = (
     # sold with less tensor throughput than the 5090; only its low-precision "AI TOPS" are published
     Hardware("RTX 5090 D", None, 1792, SM120_SHARED_BYTES, "NVIDIA GeForce RTX 5090 D page"),
     Hardware("RTX 5080", 112.6, 960, SM120_SHARED_BYTES, RTX_BLACKWELL, 56.3),
-    Hardware("RTX PRO 6000 Blackwell Workstation Edition", 503.8, 1792, SM120_SHARED_BYTES, RTX_PRO,
-             alias="RTX PRO 6000"),
-    Hardware("RTX PRO 6000 Blackwell Max-Q Workstation Edition", 438.9, 1792, SM120_SHARED_BYTES,
-             RTX_PRO, alias="RTX PRO 6000 Max-Q"),
+    Hardware(
+        "RTX PRO 6000 Blackwell Workstation Edition",
+        503.8,
+        1792,
+        SM120_SHARED_BYTES,
+        RTX_PRO,
+        alias="RTX PRO 6000",
+    ),
+    Hardware(
+        "RTX PRO 6000 Blackwell Max-Q Workstation Edition",
+        438.9,
+        1792,
+        SM120_SHARED_BYTES,
+        RTX_PRO,
+        alias="RTX PRO 6000 Max-Q",
+    ),
     Hardware("GB10", None, 273, SM120_SHARED_BYTES, "NVIDIA DGX Spark datasheet"),
     Hardware("RTX 4090", 165.2, 1008, SM120_SHARED_BYTES, ADA, 82.6),
-    Hardware("RTX 6000 Ada Generation", 364.2, 960, SM120_SHARED_BYTES,
-             "NVIDIA RTX 6000 Ada Generation datasheet (sparse fp8 rate / 4)", 91.1,
-             alias="RTX 6000 Ada"),
+    Hardware(
+        "RTX 6000 Ada Generation",
+        364.2,
+        960,
+        SM120_SHARED_BYTES,
+        "NVIDIA RTX 6000 Ada Generation datasheet (sparse fp8 rate / 4)",
+        91.1,
+        alias="RTX 6000 Ada",
+    ),
     Hardware("L40S", 362.0, 864, SM120_SHARED_BYTES, "NVIDIA L40S datasheet", 91.6),
     Hardware("L4", 121.0, 300, SM120_SHARED_BYTES, "NVIDIA L4 datasheet (halved)", 30.3),
-    Hardware("RTX 3090", 71.0, 936, SM120_SHARED_BYTES, GA102, 35.6),
-    Hardware("RTX A6000", 154.8, 768, SM120_SHARED_BYTES, GA102, 38.7, alias="A6000"),
+    Hardware(
+        "RTX 3090", 71.0, 936, SM120_SHARED_BYTES, "NVIDIA Ampere GA102 whitepaper", 35.6
+    ),
+    Hardware(
+        "RTX A6000", 154.8, 768, SM120_SHARED_BYTES, "NVIDIA Ampere GA102 whitepaper", 38.7,
+        alias="A6000",
+    ),
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Shards of pretraining text on the Hugging Face Hub: checked, several at a time."""
 
+import hashlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -10,8 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 from rich.progress import Progress
-
-from nanochat.files import sha256
 
 SCRATCH = ".download"  # beside the shards, so that they appear by a rename
 
@@ -68,6 +67,15 @@ def download_shard(
         raise ValueError(f"{name} on the hub is not a parquet file: {error}") from error
     path.replace(folder / name)
     return folder / name
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def download(

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import print0
-from nanochat.settings import require_known
 
 ROW_GROUP = 1024
 ROWS_PER_SHARD = 16 * ROW_GROUP
@@ -90,7 +89,8 @@ def row_blocks(data_dir: Path, split: str, skip_bad_shards: bool = False) -> lis
 
     Raises  ValueError for an unknown split, a folder without text, or a bad shard (unless skipped).
     """
-    require_known("split", split, ("train", "val"))
+    if split not in ("train", "val"):
+        raise ValueError(f"split {split!r} is unknown; choose train or val")
     paths = reversed(list_shards(data_dir))
     good = filter(None, (_blocks_or_nothing(path, skip_bad_shards) for path in paths))
     blocks = next(good, None)

@@ -22,8 +22,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from nanochat.data.documents import DOCUMENTS_AT_ONCE, DocumentSource, TextSource
+from nanochat.data.hub import sha256
 from nanochat.data.shards import RowBlock, shard_blocks, shard_digest
-from nanochat.files import sha256
 from nanochat.text.tokenizer_base import Tokenizer
 
 TOKENS, OFFSETS, META = "tokens.bin", "offsets.npy", "meta.json"

@@ -17,7 +17,6 @@ from nanochat.kernels.newton_schulz import (
     newton_schulz,
 )
 from nanochat.optim.sharding import Bucket, BucketOptimizer, Piece, ShardedBuckets
-from nanochat.settings import require_known
 
 COEFFICIENTS = {"muon": MUON_COEFFICIENTS, "polar_express": POLAR_EXPRESS_COEFFICIENTS}
 
@@ -72,7 +71,10 @@ class Muon(BucketOptimizer):
         coefficients: str = "muon",
         compute_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        require_known("coefficients", coefficients, COEFFICIENTS)
+        if coefficients not in COEFFICIENTS:
+            raise ValueError(
+                f"coefficients {coefficients!r} are unknown; choose {' or '.join(COEFFICIENTS)}"
+            )
         self.coefficients = COEFFICIENTS[coefficients]
         self.compute_dtype = compute_dtype
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}

@@ -3,6 +3,7 @@
 Everything is loaded with weights_only=True: a checkpoint can hold wrong numbers, never code.
 """
 
+import hashlib
 import json
 import pickle
 import re
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from nanochat import stages
-from nanochat.files import sha256
 
 MODEL_FILE = "model.pt"
 META_FILE = "meta.json"
@@ -172,8 +172,12 @@ def _read_tensors(path: Path, name: str, map_location: torch.device | str) -> di
     file = path / name
     if recorded is None:
         raise ValueError(f"{path / META_FILE} lists no {name}; the checkpoint is foreign")
+    with file.open("rb") as stream:
+        digest = hashlib.sha256()
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
     remedy = "load another step, or save this one again"
-    if sha256(file) != recorded["sha256"]:
+    if digest.hexdigest() != recorded["sha256"]:
         raise ValueError(f"{file} is damaged: its SHA-256 is not the recorded one; {remedy}")
     try:
         return torch.load(file, map_location=map_location, weights_only=True)
