@@ -92,12 +92,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of the GPU that launches run on, or are recorded for; the interpreter is one."""
+    """Of the GPU that launches run on, or are recorded for.
+
+    The interpreter has two, so that persistent programs share their tiles there as well.
+    """
     recorder = _recorder.get()
     if recorder is not None:
-        return MULTIPROCESSORS.get(recorder.architecture, 1)
+        return MULTIPROCESSORS.get(recorder.architecture, 2)
     if device.type != "cuda":
-        return 1
+        return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

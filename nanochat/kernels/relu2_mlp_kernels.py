@@ -24,9 +24,6 @@ from nanochat.kernels.optional_triton import tl, triton
 from nanochat.kernels.rms_norm import as_rows
 
 ALIGNMENT = 16  # bytes: of the base and of the row stride of a matrix that TMA moves
-# Where two persistent programs fit a multiprocessor, one multiplies while the other stores; where
-# only one does, the second half of the programs follows the first.
-PROGRAMS_PER_SM = 2
 TILE_OF_32_BITS = {
     "element_size": 4, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8,
     "num_warps": 8, "num_stages": 3, "origin": "not measured",
@@ -168,8 +165,10 @@ def _tma_product(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
     block_m, block_n, block_k = (options[f"BLOCK_{axis}"] for axis in "MNK")
     b_block = [block_n, block_k] if transposed else [block_k, block_n]
     c_block = [block_m, block_n // 2]
+    # One persistent program a multiprocessor: its tiles take all of the shared memory. A second one
+    # would follow the first, over tiles whose neighbours have left L2.
     launch(
-        tma_kernel, (min(_programs(a.device), cdiv(M, block_m) * cdiv(N, block_n)),),
+        tma_kernel, (min(multiprocessors(a.device), cdiv(M, block_m) * cdiv(N, block_n)),),
         descriptor(a, [block_m, block_k]),
         descriptor(b, b_block),
         None if post is None else descriptor(aligned(post), c_block),
@@ -187,11 +186,6 @@ def descriptor(x: Tensor, block: list[int]) -> Any:
 
 def _precision(x: Tensor) -> str | None:
     return "ieee" if x.dtype == torch.float32 else None  # tf32 would keep 10 bits
-
-
-def _programs(device: torch.device) -> int:
-    """Size of a persistent grid; the interpreter is one multiprocessor."""
-    return PROGRAMS_PER_SM * multiprocessors(device)
 
 
 def aligned(x: Tensor) -> Tensor:

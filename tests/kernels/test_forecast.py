@@ -134,10 +134,13 @@ def test_a_large_step_is_recorded_without_running() -> None:
 
 @pytest.mark.long
 def test_command_forecasts_the_loss(tmp_path: Path) -> None:
-    """A logit is read and written once, for at most 3 special functions; no term is left out."""
+    """A logit is read and written once, for at most 3 special functions; no term is left out.
+
+    Persistent programs are as many as fit: one wave.
+    """
     path = tmp_path / "forecast.json"
     command = [sys.executable, "-m", "nanochat.kernels.forecast", "--json", str(path)]
-    options = ["--target", "sm_90", "--only", "linear_cross_entropy", "rms_norm"]
+    options = ["--target", "sm_90", "--only", "linear_cross_entropy", "rms_norm", "relu2_mlp"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
         command + options, env=environment, capture_output=True, text=True, check=True,
@@ -154,3 +157,4 @@ def test_command_forecasts_the_loss(tmp_path: Path) -> None:
     passes = operations()["rms_norm"].cost(torch.empty(65_536, 1280, dtype=torch.bfloat16)).passes()
     assert sum(k["moved"] for k in norm["kernels"]) == passes["both"].bytes
     assert 0.8 < norm["light"] < 0.914
+    assert [k["waves"] for k in totals["relu2_mlp", "triton_tma"]["kernels"]] == [1.0, 1.0]
