@@ -3,19 +3,21 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import compare, kernels, measure, peers, report, train_steps, tune
+from bench import compare, forecasts, kernels, measure, peers, report, train_steps, tune
 from bench.configurations import Use, candidates, with_measured, write_entry
 from bench.contenders import (
     Case,
@@ -584,8 +586,9 @@ def test_one_failing_step_does_not_stop_the_gpu_script(tmp_path: Path) -> None:
         "#!/bin/sh\n"
         'case "$*" in\n'
         '*get_device_name*) echo "fake-gpu" ;;\n'
-        '*operations*) echo "one two" ;;\n'
+        '*operations*) echo "one two three" ;;\n'
         '*ops=one*) echo "broke"; exit 3 ;;\n'
+        "*ops=three*) echo \"ModuleNotFoundError: No module named 'tyro'\"; exit 2 ;;\n"
         '*) echo "ran $*" ;;\n'
         "esac\n"
     )
@@ -596,12 +599,47 @@ def test_one_failing_step_does_not_stop_the_gpu_script(tmp_path: Path) -> None:
         ["bash", script, "kernels", "tune"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 1, done.stderr
-    assert "== one: status 3" in done.stdout
-    assert "== two: status 0" in done.stdout
+    assert "== one d20: status 3" in done.stdout
+    assert "== two d20: status 0" in done.stdout
+    assert "== three d20: left out, No module named 'tyro'" in done.stdout
+    assert "ran -m bench.forecasts" in (tmp_path / "out/forecasts.md").read_text()
     assert "== tune: status 0" in done.stdout
     log = (tmp_path / "out/log.txt").read_text()
     assert "--commit=abc" in log
     assert f"--out={tmp_path / 'out'}" in log
+
+
+def test_steps_of_the_gpu_script_fit_into_nine_minutes() -> None:
+    """With every operation and every file of GPU tests; a device is lent for ten minutes a call."""
+    root = Path(__file__).parents[2]
+    script = (root / "bench/gpu.sh").read_text()
+    files = [
+        path
+        for folder in ("tests", "experiments")
+        for path in (root / folder).rglob("test_*.py")
+        if ".".join(("mark", "gpu")) in path.read_text()
+    ]
+    of_files = len(files) * int(re.search(r'step "\$file" (\d+)', script)[1])  # pyright: ignore[reportOptionalSubscript]
+    each_op = sum(map(int, re.findall(r"every_op d(?:20|12) (\d+)", script)))
+    once = sum(
+        map(int, re.findall(r"(?:measure \"train d\d+\"|step (?:tune|forecasts)) (\d+)", script))
+    )
+    assert of_files + len(operations()) * each_op + once <= 540
+
+
+def test_forecasts_stand_beside_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = SimpleNamespace(seconds=1e-3)
+    monkeypatch.setattr(forecasts, "forecast_op", lambda *arguments: total)
+    row = {
+        "kind": "kernel", "op": "rms_norm", "workload": "d20", "dtype": "bfloat16", "whole": True,
+        "contender": "triton", "role": "ours", "status": "timed", "gpu": "NVIDIA H200",
+        "seconds": 1.1e-3,
+    }  # fmt: skip
+    others = ({"gpu": "none"}, {"contender": "eager", "role": "eager"}, {"whole": False})
+    rows = [row, row | {"seconds": 1.3e-3}, *(row | other for other in others)]
+    near, far = forecasts.lines(rows)
+    assert near == ["rms_norm", "d20", "triton", 1.0, 1.1, pytest.approx(1.1), ""]
+    assert far[-1] == "more than 15% apart"
 
 
 @pytest.mark.slow
