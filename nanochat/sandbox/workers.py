@@ -1,0 +1,278 @@
+"""Workers as their owner sees them: started in the strongest way this machine grants, asked to run
+one text at a time, replaced when one is lost.
+
+Texts and outputs are files in memory that the owner makes; a worker is handed their descriptors and
+never reads them.
+"""
+
+import functools
+import json
+import math
+import os
+import platform
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanochat.sandbox import confinement, syscalls
+
+SOURCES = Path(__file__).resolve().parents[2]
+LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache")
+DEVICES = ("/dev/null", "/dev/urandom", "/dev/zero")
+MAX_OUTPUT_BYTES = 1 << 20
+MAX_PACKET = 1 << 16
+START_S = 60.0  # until a new worker must have said what it holds
+GRACE_S = 10.0  # after its time limit, until a program that did not end costs its worker
+BUBBLEWRAP, OWN = "bubblewrap", "own namespaces"
+BUBBLEWRAP_HOLDS = ("user", "network", "mount")
+# worker.py, where bubblewrap shows it
+INSIDE = "/worker"
+
+
+class LostWorkerError(Exception):
+    """A worker that ended, or does not answer."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use.
+
+    timeout_s        wall time; the CPU gets a second more
+    memory_bytes     address space, of which the interpreter takes about 20 MiB itself
+    scratch_bytes    of all its files together, where there is a mount namespace
+    scratch_inodes   files and folders, likewise
+    """
+
+    timeout_s: float = 5.0
+    memory_bytes: int = 256 << 20
+    scratch_bytes: int = 16 << 20
+    scratch_inodes: int = 4096
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} {value} must be positive and finite")
+
+    def resources(self) -> dict[str, int]:
+        """Limits of the process, by their names in setrlimit(2)."""
+        return {
+            "RLIMIT_CPU": math.ceil(self.timeout_s) + 1,
+            "RLIMIT_AS": int(self.memory_bytes),
+            "RLIMIT_FSIZE": MAX_OUTPUT_BYTES,
+            "RLIMIT_NOFILE": 64,
+            "RLIMIT_NPROC": 64,
+            "RLIMIT_MEMLOCK": 0,
+            "RLIMIT_MSGQUEUE": 0,
+            "RLIMIT_CORE": 0,
+        }
+
+
+@dataclass
+class Job:
+    """One text to run, and what became of it.
+
+    role      program, candidate or tester (worker.py)
+    channel   descriptor of the other end's calls; -1 for none
+    outcome   what the worker answered: held, status, timed_out, finished; or {"lost": why}
+    """
+
+    role: str
+    text: str
+    limits: Limits
+    required: Sequence[str]
+    function: str = ""
+    channel: int = -1
+    outcome: dict[str, Any] = field(default_factory=dict)
+    stdout: str = ""
+    stderr: str = ""
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The barriers that held, in the order of BARRIERS."""
+        held = self.outcome.get("held", {})
+        return tuple(name for name in confinement.BARRIERS if held.get(name) == "")
+
+    @property
+    def last_line(self) -> str:
+        """Of what it wrote to standard error."""
+        return self.stderr.strip().rpartition("\n")[2]
+
+
+class Worker:
+    """A worker process.
+
+    has_root  whether its programs have a root of their own
+
+    Raises  LostWorkerError where it does not start.
+    """
+
+    def __init__(self, outside: str) -> None:
+        self.owner = os.getpid()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket = ours
+        with theirs, tempfile.TemporaryFile() as complaint:
+            self.process = subprocess.Popen(
+                _command(outside),
+                stdin=theirs.fileno(),
+                stdout=complaint,
+                stderr=complaint,
+                cwd="/",
+                env={"LANG": "C.UTF-8"},
+                start_new_session=True,
+            )
+            theirs.close()
+            try:
+                self.has_root = not self._receive(START_S)["held"]["mount"]
+            except LostWorkerError:
+                self.close()
+                complaint.seek(0)
+                lines = complaint.read().decode(errors="replace").strip().splitlines()
+                raise LostWorkerError(f"{outside}: {lines[-1] if lines else 'no answer'}") from None
+
+    def start(self, job: Job, scratch: str) -> list[int]:
+        """Send a job; returns the descriptors of its outputs."""
+        request = {
+            "role": job.role,
+            "function": job.function,
+            "timeout_s": job.limits.timeout_s,
+            "scratch": scratch,
+            "scratch_bytes": int(job.limits.scratch_bytes),
+            "scratch_inodes": int(job.limits.scratch_inodes),
+            "limits": job.limits.resources(),
+            "required": list(job.required),
+        }
+        files = [os.memfd_create(name, os.MFD_CLOEXEC) for name in ("text", "stdout", "stderr")]
+        text = job.text.encode("utf-8", errors="surrogatepass")
+        try:
+            with os.fdopen(os.dup(files[0]), "wb") as file:
+                file.write(text)
+            os.lseek(files[0], 0, os.SEEK_SET)
+            # standard output and error first: descriptors 1 and 2 of the program
+            passed = [files[1], files[2], files[0], *([job.channel] if job.channel >= 0 else [])]
+            socket.send_fds(self.socket, [json.dumps(request).encode()], passed)
+        except OSError as error:
+            for descriptor in files[1:]:
+                os.close(descriptor)
+            raise LostWorkerError(str(error)) from error
+        finally:
+            os.close(files[0])
+        return files[1:]
+
+    def finish(self, job: Job, outputs: list[int]) -> None:
+        """Wait for the end of a job that was started."""
+        try:
+            job.outcome = self._receive(job.limits.timeout_s + GRACE_S)
+            job.stdout, job.stderr = map(_text_of, outputs)
+        finally:
+            for descriptor in outputs:
+                os.close(descriptor)
+
+    def _receive(self, timeout_s: float) -> dict[str, Any]:
+        self.socket.settimeout(timeout_s)
+        try:
+            packet = self.socket.recv(MAX_PACKET)
+        except OSError as error:  # TimeoutError is one
+            raise LostWorkerError(str(error)) from error
+        answer = json.loads(packet) if packet else {"lost": True}
+        if "lost" in answer:
+            raise LostWorkerError("it ended")
+        return answer
+
+    def close(self) -> None:
+        """End it, and with it all that it started."""
+        self.socket.close()
+        if self.owner == os.getpid():
+            self.process.kill()
+            self.process.wait()
+
+
+def _text_of(descriptor: int) -> str:
+    data = os.pread(descriptor, MAX_OUTPUT_BYTES, 0)
+    return data.decode("utf-8", errors="replace")
+
+
+def _command(outside: str) -> list[str]:
+    """An interpreter that becomes a worker, in bubblewrap's namespaces or making its own."""
+    interpreter = os.path.realpath(sys.executable)
+    readable = confinement.outermost(
+        [
+            sysconfig.get_path("stdlib"),
+            sysconfig.get_path("platstdlib"),
+            str(Path(sys.base_prefix) / "lib"),
+            *LIBRARIES,
+            *DEVICES,
+        ]
+    )
+    wrapped = outside == BUBBLEWRAP
+    source = INSIDE if wrapped else str(SOURCES)
+    config = {
+        "source": source,
+        "readable": readable,
+        "outside": BUBBLEWRAP_HOLDS if wrapped else [],
+        "filter": seccomp_filter()[0].hex(),
+    }
+    begin = "import sys; sys.path.insert(0, sys.argv[2]); "
+    begin += "from nanochat.sandbox.worker import main; main()"
+    worker = [interpreter, "-I", "-c", begin, json.dumps(config), source]
+    return [*_bubblewrap(readable, interpreter), *worker] if wrapped else worker
+
+
+@functools.cache
+def seccomp_filter() -> tuple[bytes, str]:
+    """The filter and its origin; no bytes for a machine that has none."""
+    try:
+        return syscalls.bpf_filter(platform.machine())
+    except ValueError:
+        return b"", "none"
+
+
+def _bubblewrap(readable: list[str], interpreter: str) -> list[str]:
+    """bwrap(1) with a root that holds the runtime and the worker, all namespaces new."""
+    words = ["bwrap", "--unshare-all", "--uid", "0", "--gid", "0"]
+    # for the namespaces of each program, within the new user namespace
+    for capability in ("CAP_SYS_ADMIN", "CAP_SETPCAP"):
+        words += ["--cap-add", capability]
+    for path in readable:
+        if Path(path).is_symlink():
+            words += ["--symlink", str(Path(path).readlink()), path]
+        else:
+            words += ["--dev-bind" if path in DEVICES else "--ro-bind", path, path]
+    if not any(interpreter.startswith(f"{path}/") for path in readable):
+        words += ["--ro-bind", interpreter, interpreter]
+    package = SOURCES / "nanochat"
+    for path in (package / "__init__.py", package / "sandbox"):
+        words += ["--ro-bind", str(path), f"{INSIDE}/{path.relative_to(SOURCES)}"]
+    return [*words, "--dir", confinement.SCRATCH, "--remount-ro", "/", "--chdir", "/", "--"]
+
+
+def ways_outside() -> list[str]:
+    """How a worker can get its namespaces here, the preferred way first."""
+    return [BUBBLEWRAP, OWN] if shutil.which("bwrap") else [OWN]
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder that a hostile program filled, where scratch is no file system of its own.
+
+    However deep: a folder's folders move up beside it, so no path becomes long, nothing recurses.
+    Whatever their modes: they belong to this user, or this is root.
+    """
+    waiting = [folder]
+    count = 0
+    while waiting:
+        current = waiting.pop()
+        for entry in list(current.iterdir()):
+            if entry.is_dir() and not entry.is_symlink():
+                entry.chmod(stat.S_IRWXU)
+                count += 1
+                waiting.append(entry.rename(folder.parent / f"{folder.name}.{count}"))
+            else:
+                entry.unlink()
+        current.rmdir()
