@@ -198,14 +198,18 @@ def become(uid: int) -> None:
     os.setresuid(uid, uid, uid)
 
 
-def no_privileges() -> None:
-    """No capability, and none to gain: required by Landlock and seccomp."""
+def no_new_privileges() -> None:
+    """No program gains privileges any more: required by Landlock and seccomp."""
+    _checked(_libc().prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
+
+
+def no_capabilities() -> None:
+    """None now, and none to gain."""
     libc = _libc()
     for capability in range(64):
         libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)  # fails for those it does not have
     header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
     _checked(libc.capset(header, bytes(24)), "capset")
-    _checked(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
 
 
 def landlock_version() -> int:

@@ -163,21 +163,25 @@ class Sandbox:
         return Worker(self.way)
 
     def _give_back(self, worker: Worker) -> None:
-        if worker.socket.fileno() >= 0:
+        if worker.once:
+            worker.close()
+        elif worker.socket.fileno() >= 0:
             with self.lock:
                 self.idle.append(worker)
 
 
 def ways() -> dict[str, Job]:
-    """Each way that a worker can get its namespaces here, the preferred first, and an empty program
-    that was run in it."""
-    tried = {}
+    """The ways that a worker can get its namespaces here, as far as the first that gets them all,
+    and an empty program that was run in each."""
+    tried: dict[str, Job] = {}
     for way in ways_outside():
         sandbox = Sandbox(allow_weaker_sandbox=True)
         sandbox.way = way
         tried[way] = Job("program", "", Limits(timeout_s=30), ())
         with sandbox:
             sandbox._run(tried[way])
+        if len(tried[way].held) == len(BARRIERS):
+            break
     return tried
 
 
@@ -244,7 +248,7 @@ def _reason(job: Job, timed_out: bool, timeout_s: float) -> str:
 
 
 @functools.cache
-def shared_sandbox(allow_weaker_sandbox: bool = False) -> Sandbox:
+def shared_sandbox(allow_weaker_sandbox: bool) -> Sandbox:
     """The sandbox of this process, whose workers end with it."""
     sandbox = Sandbox(allow_weaker_sandbox)
     atexit.register(sandbox.close)

@@ -57,8 +57,9 @@ def _finalize() -> int:
         while waiting := [t for t in threading.enumerate() if _is_joined(t)]:
             waiting[0].join()
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
     except BaseException as error:
         _explain(error)
         return 1

@@ -118,9 +118,7 @@ class Table:
             if self.objects[index] is not nodes:
                 waiting.pop()
                 continue
-            node = nodes[index]
-            assert node is not None
-            kind, content = node
+            kind, content = nodes[index] or ("nothing", None)
             if kind not in (*SEQUENCES, "iterator"):
                 self.objects[index] = None if kind == "none" else SCALARS[kind][2](content)
                 continue

@@ -74,6 +74,8 @@ def main() -> None:
         answer = os.read(reader, MAX_PACKET)
         os.close(reader)
         requests.send(answer or b'{"lost": true}')
+        if config["once"]:
+            return
 
 
 def enter(config: dict[str, Any]) -> None:
@@ -105,6 +107,8 @@ def keep(config: dict[str, Any], answer: int, descriptors: list[int]) -> int:
     """New namespaces for one program, init in them, and the end of all of it."""
     confinement.die_with_parent()
     held: dict[str, str] = config["held"]
+    if config["once"]:
+        return _wait_for(config, answer, descriptors)
     if not held["mount"]:
         size, inodes, owner = config["scratch_bytes"], config["scratch_inodes"], config["owner"]
         confinement.attempt(
@@ -112,6 +116,10 @@ def keep(config: dict[str, Any], answer: int, descriptors: list[int]) -> int:
         )
     confinement.attempt(held, "pid", lambda: confinement.unshare(confinement.CLONE_NEWPID))
     confinement.attempt(held, "ipc", lambda: confinement.unshare(confinement.CLONE_NEWIPC))
+    return _wait_for(config, answer, descriptors)
+
+
+def _wait_for(config: dict[str, Any], answer: int, descriptors: list[int]) -> int:
     init = os.fork()
     if init == 0:
         _leave(watch, config, answer, descriptors)
@@ -180,7 +188,8 @@ def run(config: dict[str, Any], descriptors: list[int]) -> int:
     confinement.limit(limits)
     if config["owner"]:
         confinement.become(config["owner"])
-    confinement.no_privileges()
+    confinement.no_capabilities()
+    confinement.no_new_privileges()
     confinement.attempt(held, "landlock", lambda: confinement.landlock(config["readable"], scratch))
     confinement.attempt(held, "seccomp", lambda: confinement.seccomp(config["filter"]))
     os.write(REPORT, json.dumps(held).encode() + b"\n")

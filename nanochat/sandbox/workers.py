@@ -31,8 +31,14 @@ MAX_OUTPUT_BYTES = 1 << 20
 MAX_PACKET = 1 << 16
 START_S = 60.0  # until a new worker must have said what it holds
 GRACE_S = 10.0  # after its time limit, until a program that did not end costs its worker
-BUBBLEWRAP, OWN = "bubblewrap", "own namespaces"
-BUBBLEWRAP_HOLDS = ("user", "network", "mount")
+# Who makes the namespaces, and which of them hold for every program of a worker. Where bubblewrap
+# may make some and a worker inside it none, each program gets a worker of its own.
+BUBBLEWRAP, OWN, BUBBLEWRAP_ONCE = "bubblewrap", "worker", "bubblewrap for each program"
+OUTSIDE = {
+    BUBBLEWRAP: ("user", "network", "mount"),
+    OWN: (),
+    BUBBLEWRAP_ONCE: ("user", "network", "mount", "pid", "ipc"),
+}
 # worker.py, where bubblewrap shows it
 INSIDE = "/worker"
 
@@ -110,12 +116,14 @@ class Worker:
     """A worker process.
 
     has_root  whether its programs have a root of their own
+    once      whether it is for one program only
 
     Raises  LostWorkerError where it does not start.
     """
 
     def __init__(self, outside: str) -> None:
         self.owner = os.getpid()
+        self.once = outside == BUBBLEWRAP_ONCE
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket = ours
         with theirs, tempfile.TemporaryFile() as complaint:
@@ -211,18 +219,21 @@ def _command(outside: str) -> list[str]:
             *DEVICES,
         ]
     )
-    wrapped = outside == BUBBLEWRAP
+    wrapped = outside != OWN
     source = INSIDE if wrapped else str(SOURCES)
     config = {
         "source": source,
         "readable": readable,
-        "outside": BUBBLEWRAP_HOLDS if wrapped else [],
+        "outside": OUTSIDE[outside],
+        "once": outside == BUBBLEWRAP_ONCE,
         "filter": seccomp_filter()[0].hex(),
     }
     begin = "import sys; sys.path.insert(0, sys.argv[2]); "
     begin += "from nanochat.sandbox.worker import main; main()"
     worker = [interpreter, "-I", "-c", begin, json.dumps(config), source]
-    return [*_bubblewrap(readable, interpreter), *worker] if wrapped else worker
+    if not wrapped:
+        return worker
+    return [*_bubblewrap(readable, interpreter, outside == BUBBLEWRAP_ONCE), *worker]
 
 
 @functools.cache
@@ -234,12 +245,15 @@ def seccomp_filter() -> tuple[bytes, str]:
         return b"", "none"
 
 
-def _bubblewrap(readable: list[str], interpreter: str) -> list[str]:
+def _bubblewrap(readable: list[str], interpreter: str, once: bool) -> list[str]:
     """bwrap(1) with a root that holds the runtime and the worker, all namespaces new."""
     words = ["bwrap", "--unshare-all", "--uid", "0", "--gid", "0"]
-    # for the namespaces of each program, within the new user namespace
-    for capability in ("CAP_SYS_ADMIN", "CAP_SETPCAP"):
-        words += ["--cap-add", capability]
+    scratch = ["--dir", confinement.SCRATCH]
+    if once:
+        scratch = ["--size", str(Limits.scratch_bytes), "--tmpfs", confinement.SCRATCH]
+    else:
+        # for the namespaces of each program, within the new user namespace
+        words += ["--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SETPCAP"]
     for path in readable:
         if Path(path).is_symlink():
             words += ["--symlink", str(Path(path).readlink()), path]
@@ -250,12 +264,12 @@ def _bubblewrap(readable: list[str], interpreter: str) -> list[str]:
     package = SOURCES / "nanochat"
     for path in (package / "__init__.py", package / "sandbox"):
         words += ["--ro-bind", str(path), f"{INSIDE}/{path.relative_to(SOURCES)}"]
-    return [*words, "--dir", confinement.SCRATCH, "--remount-ro", "/", "--chdir", "/", "--"]
+    return [*words, *scratch, "--remount-ro", "/", "--chdir", "/", "--"]
 
 
 def ways_outside() -> list[str]:
     """How a worker can get its namespaces here, the preferred way first."""
-    return [BUBBLEWRAP, OWN] if shutil.which("bwrap") else [OWN]
+    return [BUBBLEWRAP, OWN, BUBBLEWRAP_ONCE] if shutil.which("bwrap") else [OWN]
 
 
 def remove_tree(folder: Path) -> None:

@@ -32,7 +32,7 @@ from tasks.gsm8k import GSM8K, solution_parts
 from tasks.humaneval import HumanEval, extract_code
 from tasks.mixtures import mid_mixture, sft_mixture
 from tasks.mmlu import MMLU
-from tasks.registry import evaluated_names, get_task
+from tasks.registry import evaluated_names, get_evaluated_task, get_task
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee, load_words
 
@@ -264,6 +264,15 @@ def test_humaneval_in_the_sandbox() -> None:
     for conversation in task:
         assert task.evaluate(conversation, last_text(conversation))
         assert not task.evaluate(conversation, "pass")
+
+
+def test_the_weaker_sandbox_is_for_tasks_whose_answers_are_programs() -> None:
+    task = get_evaluated_task("HumanEval", DATA, allow_weaker_sandbox=True)
+    assert isinstance(task, HumanEval)
+    assert task.allow_weaker_sandbox
+    task.ready()
+    assert not HumanEval(task_data=DATA).allow_weaker_sandbox
+    get_evaluated_task("GSM8K", DATA, allow_weaker_sandbox=True).ready()
 
 
 def test_code_blocks() -> None:
