@@ -103,7 +103,7 @@ def new_user_namespace() -> bool:
         folder = Path("/proc") / str(os.getppid())
         status = 1
         try:
-            for name in ("gid_map", "uid_map"):
+            for name in ("uid_map", "gid_map"):
                 (folder / name).write_text(f"0 0 1\n{NOBODY} {NOBODY} 1\n")
             status = 0
         finally:
@@ -145,6 +145,8 @@ def outermost(paths: Iterable[str]) -> list[str]:
 
 def new_root(readable: Iterable[str], machine: str) -> None:
     """A mount namespace whose root holds `readable`, read-only, SCRATCH, and nothing else."""
+    if machine not in PIVOT_ROOT:
+        raise OSError(f"the number of pivot_root is not known for {machine}")
     unshare(CLONE_NEWNS)
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     # any folder would do that no part of the runtime is in

@@ -24,6 +24,7 @@ import functools
 import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -194,8 +195,8 @@ def strongest_way(tried: dict[str, Job]) -> tuple[str, tuple[str, ...]]:
     if not found:
         said = "; ".join(job.outcome.get("lost", job.last_line) for job in tried.values())
         raise ValueError(
-            f"the sandbox does not start here ({said}): it needs Linux 5.13 or later on x86_64 or "
-            "aarch64"
+            f"the sandbox does not start here ({said or sys.platform}): it needs Linux 5.13 or "
+            "later on x86_64 or aarch64; leave out the tasks whose answers are programs"
         )
     way = max(found, key=lambda name: len(found[name]))
     return way, found[way]

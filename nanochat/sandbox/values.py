@@ -118,7 +118,7 @@ class Table:
             if self.objects[index] is not nodes:
                 waiting.pop()
                 continue
-            kind, content = nodes[index] or ("nothing", None)
+            kind, content = nodes[index] or ("nothing", [])
             if kind not in (*SEQUENCES, "iterator"):
                 self.objects[index] = None if kind == "none" else SCALARS[kind][2](content)
                 continue

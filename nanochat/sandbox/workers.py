@@ -17,7 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 from nanochat.sandbox import confinement, syscalls
 
 SOURCES = Path(__file__).resolve().parents[2]
-LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache")
+LIBRARIES = ("/lib", "/lib64", "/usr/lib64", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/urandom", "/dev/zero")
 MAX_OUTPUT_BYTES = 1 << 20
 MAX_PACKET = 1 << 16
@@ -210,15 +210,7 @@ def _text_of(descriptor: int) -> str:
 def _command(outside: str) -> list[str]:
     """An interpreter that becomes a worker, in bubblewrap's namespaces or making its own."""
     interpreter = os.path.realpath(sys.executable)
-    readable = confinement.outermost(
-        [
-            sysconfig.get_path("stdlib"),
-            sysconfig.get_path("platstdlib"),
-            str(Path(sys.base_prefix) / "lib"),
-            *LIBRARIES,
-            *DEVICES,
-        ]
-    )
+    readable = confinement.outermost([*_runtime(), *LIBRARIES, *DEVICES])
     wrapped = outside != OWN
     source = INSIDE if wrapped else str(SOURCES)
     config = {
@@ -236,6 +228,18 @@ def _command(outside: str) -> list[str]:
     return [*_bubblewrap(readable, interpreter, outside == BUBBLEWRAP_ONCE), *worker]
 
 
+def _runtime() -> Iterator[str]:
+    """Folders of the standard library, and of the shared libraries that it loads."""
+    yield sysconfig.get_path("stdlib")
+    yield sysconfig.get_path("platstdlib")
+    # a Python of the system has its libraries among all others, which have a folder for a machine
+    prefix = Path(sys.base_prefix)
+    system = Path("/usr/lib") / (sysconfig.get_config_var("MULTIARCH") or "")
+    yield str(system if system.is_dir() else Path("/usr/lib"))
+    if prefix != Path("/usr"):
+        yield str(prefix / "lib")
+
+
 @functools.cache
 def seccomp_filter() -> tuple[bytes, str]:
     """The filter and its origin; no bytes for a machine that has none."""
@@ -247,7 +251,7 @@ def seccomp_filter() -> tuple[bytes, str]:
 
 def _bubblewrap(readable: list[str], interpreter: str, once: bool) -> list[str]:
     """bwrap(1) with a root that holds the runtime and the worker, all namespaces new."""
-    words = ["bwrap", "--unshare-all", "--uid", "0", "--gid", "0"]
+    words = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--uid", "0", "--gid", "0"]
     scratch = ["--dir", confinement.SCRATCH]
     if once:
         scratch = ["--size", str(Limits.scratch_bytes), "--tmpfs", confinement.SCRATCH]
@@ -269,6 +273,8 @@ def _bubblewrap(readable: list[str], interpreter: str, once: bool) -> list[str]:
 
 def ways_outside() -> list[str]:
     """How a worker can get its namespaces here, the preferred way first."""
+    if sys.platform != "linux":
+        return []
     return [BUBBLEWRAP, OWN, BUBBLEWRAP_ONCE] if shutil.which("bwrap") else [OWN]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from nanochat.sandbox.confinement import BARRIERS
-from nanochat.sandbox.execution import isolation_level, judge
+from nanochat.sandbox.execution import execute, isolation_level, judge
 from tests.sandbox import attacks
 from tests.support.runs import ROOT
 
@@ -29,14 +29,24 @@ ATTACKED = {"ATTACKED": "a secret"}
 def outcome() -> Callable[[str], dict[str, str]]:
     """What went wrong with every attack, by user."""
     known: dict[str, dict[str, str]] = {}
-    modules = {"this user": [], "nobody": ["tests.support.unprivileged"]}
+    command = {
+        "this user": ["tests.sandbox.attacks", "--run"],
+        "nobody": ["tests.support.unprivileged", "tests.sandbox.attacks", "--run"],
+        "no filter": [
+            *("tests.support.denied", "prctl", "-m", "tests.sandbox.attacks"),
+            "--run-without-seccomp",
+        ],
+    }
 
     def of(user: str) -> dict[str, str]:
         if user not in known:
-            command = [sys.executable, "-m", *modules[user], "tests.sandbox.attacks", "--run"]
-            environment = {**os.environ, **ATTACKED}
             done = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+                [sys.executable, "-m", *command[user]],
+                cwd=ROOT,
+                env={**os.environ, **ATTACKED},
+                capture_output=True,
+                text=True,
+                timeout=300,
             )
             assert done.returncode == 0, done.stderr
             known[user] = json.loads(done.stdout)
@@ -54,6 +64,22 @@ def test_no_attack_reaches_anything(outcome: Callable[[str], dict[str, str]]) ->
 def test_no_attack_of_nobody_reaches_anything(outcome: Callable[[str], dict[str, str]]) -> None:
     assert list(outcome("nobody")) == NAMES
     assert not {name: said for name, said in outcome("nobody").items() if said}
+
+
+def test_without_seccomp_the_other_barriers_hold(
+    outcome: Callable[[str], dict[str, str]],
+) -> None:
+    problems = outcome("no filter")
+    assert len(problems) > 50
+    assert not {name: said for name, said in problems.items() if said}
+
+
+def test_no_worker_remembers_a_text() -> None:
+    """A candidate that finds a test in the memory it was forked with passes it."""
+    execute(attacks.TEST)
+    judge("", attacks.TEST, "f")
+    finder = attacks.FORGERIES["the test found in memory"]
+    assert not any(judge(finder, attacks.TEST, "f").success for _ in range(3))
 
 
 def test_names_are_unique_and_enough() -> None:

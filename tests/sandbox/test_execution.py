@@ -1,6 +1,7 @@
 """What programs and verdicts look like to a caller, what is left afterwards, and what happens where
 the kernel grants less. Attacks are in test_attacks.py."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -288,9 +289,14 @@ def test_a_sandbox_ends_with_its_workers() -> None:
 
 def test_a_lost_worker_is_a_result_and_is_replaced() -> None:
     assert run("print(1)").success
-    (worker,) = shared_sandbox(False).idle[-1:]
-    process = psutil.Process(worker.process.pid)
-    threading.Timer(0.3, lambda: [p.kill() for p in [*process.children(True), process]]).start()
+    tree = psutil.Process(shared_sandbox(False).idle[-1].process.pid)
+
+    def kill() -> None:
+        for process in [*tree.children(recursive=True), tree]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    threading.Timer(0.3, kill).start()
     result = run("import time\ntime.sleep(4)")
     assert not result.success
     assert "lost" in result.error
