@@ -172,6 +172,9 @@ IPC = _attacks(
     ("System V shared memory", SECCOMP, "call((31, 195), call((29, 194), 0, 4096, 0o1600), 0, 0)"),
     ("System V message queue", SECCOMP, "call((71, 187), call((68, 186), 0, 0o1600), 0, 0)"),
     ("System V semaphores", SECCOMP, "call((66, 191), call((64, 190), 0, 1, 0o1600), 0, 0)"),
+    ("System V shared memory that stays", SECCOMP, "call((29, 194), 0, 4096, 0o1600)", False),
+    ("System V message queue that stays", SECCOMP, "call((68, 186), 0, 0o1600)", False),
+    ("System V semaphores that stay", SECCOMP, "call((64, 190), 0, 1, 0o1600)", False),
     ("POSIX message queue", SECCOMP, "reach((240, 180), 0, 0, 0, 0)"),
     ("POSIX shared memory", MOUNT,
      "open('/dev/shm/nanochat-attack', 'w').close()\nos.remove('/dev/shm/nanochat-attack')"),
@@ -229,7 +232,8 @@ FILES = _attacks(
 NETWORK = _attacks(
     "network",
     ("TCP", SECCOMP, "socket.create_connection(('127.0.0.1', PORT), 1)"),
-    ("UDP", SECCOMP, "socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', 9))"),
+    ("UDP", SECCOMP, "s = socket.socket(type=socket.SOCK_DGRAM)\n"
+     "s.connect(('127.0.0.1', PORT))\ns.send(b'x')\ns.send(b'x')"),
     ("name lookup", SECCOMP, "socket.socket(type=socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)"),
     ("IPv6", SECCOMP, "socket.socket(socket.AF_INET6)", False),
     ("unix socket", SECCOMP, "socket.socket(socket.AF_UNIX).bind('x')"),
@@ -380,39 +384,76 @@ FORGERIES = {
 }
 
 
+@dataclass(frozen=True)
+class Targets:
+    """A process, a file in a folder, and a port of TCP and UDP that the attacks are to reach."""
+
+    process: subprocess.Popen[bytes]
+    file: Path
+    datagrams: socket.socket
+
+    @property
+    def names(self) -> tuple[int, str, str, int]:
+        """VICTIM, FILE, FOLDER, PORT of a program."""
+        port = self.datagrams.getsockname()[1]
+        return self.process.pid, str(self.file), str(self.file.parent), port
+
+    def state(self) -> dict[str, object]:
+        """What an attack could have changed, without its knowing."""
+        facts, process = self.file.stat(), Path(f"/proc/{self.process.pid}")
+        status = (process / "stat").read_text().rpartition(")")[2].split()
+        try:
+            datagram = self.datagrams.recv(9)
+        except BlockingIOError:
+            datagram = b""
+        return {
+            "file": (self.file.read_text(), facts.st_mode, facts.st_uid, facts.st_mtime_ns,
+                     facts.st_nlink, os.listxattr(self.file)),
+            "folder": sorted(self.file.parent.iterdir()),
+            "process": (status[0] in "SR", status[15:17], os.sched_getaffinity(self.process.pid)),
+            "limits": (process / "limits").read_text(),
+            "System V": [Path(f"/proc/sysvipc/{x}").read_text() for x in ("shm", "sem", "msg")],
+            "datagram": datagram,
+        }  # fmt: skip
+
+
 @contextmanager
-def victims() -> Iterator[tuple[int, str, str, int]]:
-    """A process, a file in a folder, and a port that the attacks are to reach."""
+def victims() -> Iterator[Targets]:
+    """Targets, of this user."""
     process = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(600)"])
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(type=socket.SOCK_DGRAM) as datagrams,
+    ):
+        datagrams.bind(server.getsockname())
+        datagrams.setblocking(False)
         file = Path(folder) / "precious.txt"
         file.write_text("kept")
         try:
-            yield process.pid, str(file), folder, server.getsockname()[1]
+            yield Targets(process, file, datagrams)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
 
 
-def program(attack: Attack, targets: tuple[int, str, str, int]) -> str:
+def program(attack: Attack, targets: Targets) -> str:
     """The whole text of an attack."""
-    return f"{PRELUDE % (targets,)}{attack.body}\nprint({BREACH!r})\n"
+    return f"{PRELUDE % (targets.names,)}{attack.body}\nprint({BREACH!r})\n"
 
 
-def state(targets: tuple[int, str, str, int]) -> dict[str, object]:
-    """What an attack could have changed, without its knowing."""
-    pid, file, folder, _ = targets
-    facts = Path(file).stat()
-    shared = [Path(f"/proc/sysvipc/{kind}").read_text() for kind in ("shm", "sem", "msg")]
-    status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return {
-        "file": (Path(file).read_text(), facts.st_mode, facts.st_uid, facts.st_mtime_ns,
-                 facts.st_nlink, os.listxattr(file)),
-        "folder": sorted(Path(folder).iterdir()),
-        "process": (status[0] in "SR", status[15:17], os.sched_getaffinity(pid)),
-        "limits": Path(f"/proc/{pid}/limits").read_text(),
-        "System V": shared,
-    }  # fmt: skip
+def processes() -> int:
+    """Processes in the user namespaces of all workers of this process, whoever is their parent."""
+
+    def namespace(pid: int) -> str:
+        try:
+            return str(Path(f"/proc/{pid}/ns/user").readlink())
+        except OSError:  # it has ended, or is another user's
+            return ""
+
+    mine = {namespace(child.pid) for child in psutil.Process().children(recursive=True)}
+    mine -= {"", namespace(os.getpid())}
+    return sum(namespace(pid) in mine for pid in psutil.pids())
 
 
 def problem(attack: Attack, result: ExecutionResult) -> str:
@@ -430,12 +471,12 @@ def run_all() -> dict[str, str]:
     problems = {}
     quick = Limits(timeout_s=1)
     with victims() as targets, Sandbox() as sandbox:
-        before = state(targets)
+        before = targets.state()
         for attack in ATTACKS:
             limits = quick if attack.stopped_by == TIME else Limits()
             result = sandbox.execute(program(attack, targets), limits)
             problems[attack.name] = problem(attack, result)
-            if (now := state(targets)) != before:
+            if (now := targets.state()) != before:
                 changed = [name for name in before if before[name] != now[name]]
                 problems[attack.name] += f" changed {', '.join(changed)}"
                 before = now
@@ -454,15 +495,15 @@ def run_without_seccomp() -> dict[str, str]:
     with victims() as targets, Sandbox(allow_weaker_sandbox=True) as sandbox:
         limits = Limits(timeout_s=1)
         assert sandbox.execute("", limits).missing == (SECCOMP,)
-        before, processes = state(targets), len(psutil.Process().children(recursive=True))
+        before, workers = targets.state(), processes()
         for attack in chosen:
             result = sandbox.execute(program(attack, targets), limits)
             reached = BREACH in result.stdout and any(word in attack.body for word in TARGETS)
             problems[attack.name] = "broke out" if reached else ""
-            if state(targets) != before:
+            if targets.state() != before:
                 problems[attack.name] += " changed something"
-                before = state(targets)
-            if len(psutil.Process().children(recursive=True)) != processes:
+                before = targets.state()
+            if processes() != workers:
                 problems[attack.name] += " left a process"
     return problems
 

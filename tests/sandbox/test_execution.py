@@ -4,7 +4,6 @@ the kernel grants less. Attacks are in test_attacks.py."""
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +19,7 @@ import psutil
 import pytest
 
 from nanochat.sandbox import workers
-from nanochat.sandbox.confinement import BARRIERS
+from nanochat.sandbox.confinement import BARRIERS, NOBODY
 from nanochat.sandbox.execution import (
     ExecutionResult,
     Sandbox,
@@ -430,15 +429,20 @@ def test_check_prints_what_the_kernel_grants(tmp_path: Path) -> None:
     assert "Operation not permitted" in found["refused"]["worker"]["user"]
 
 
-@pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
-@pytest.mark.parametrize("way", list(workers.OUTSIDE))
+@pytest.mark.parametrize("way", workers.ways_outside())
 def test_every_way_holds_every_barrier(way: str) -> None:
+    program = "import os\nprint(os.getpid(), os.getuid(), os.listdir('.'))\nopen('x', 'w')"
     with Sandbox() as sandbox:
         sandbox.way, sandbox.isolation = way, BARRIERS
         for _ in range(2):
-            result = sandbox.execute("import os\nprint(os.listdir('.'))\nopen('x', 'w')", Limits())
-            assert result.stdout == "[]\n"
+            result = sandbox.execute(program, Limits())
             assert result.isolation == BARRIERS
+            pid, uid, files = result.stdout.split()
+            assert files == "[]"
+            if way != workers.BUBBLEWRAP_ONCE:
+                assert pid == "2"  # process 1 is its init
+            if way == workers.OWN and os.getuid() == 0:
+                assert int(uid) == NOBODY
         assert sandbox.judge("def f(): return 1", "assert f() == 1", "f", Limits()).success
         assert not sandbox.judge("def f(): return 2", "assert f() == 1", "f", Limits()).success
 
