@@ -211,7 +211,9 @@ def _scratch_folder() -> Iterator[str]:
     try:
         yield str(scratch)
     finally:
-        remove_tree(folder)
+        # what a missing barrier let live may still write there
+        with contextlib.suppress(OSError):
+            remove_tree(folder)
 
 
 def _result(candidate: Job, judged: Job, limits: Limits) -> ExecutionResult:
@@ -242,7 +244,8 @@ def _reason(job: Job, timed_out: bool, timeout_s: float) -> str:
         return f"the sandbox lost it: {job.outcome.get('lost', 'not started')}"
     status = job.outcome["status"]
     if status < 0:
-        return f"ended by {signal.Signals(-status).name}"
+        known = -status in {number.value for number in signal.Signals}
+        return f"ended by {signal.Signals(-status).name if known else f'signal {-status}'}"
     if status:
         return job.last_line or f"exit code {status}"
     return "left before its last line"
@@ -275,7 +278,7 @@ def execute(
     """Run `program` to its end or its limits; there is a result for every program.
 
     timeout_s     wall time; the CPU gets a second more.
-    memory_bytes  address space of the interpreter, which takes about 20 MiB itself.
+    memory_bytes  address space of the interpreter, which takes about 25 MiB itself.
     Raises        ValueError for a limit that is not positive, or where the kernel lacks a barrier
                   and allow_weaker_sandbox is not given.
     """

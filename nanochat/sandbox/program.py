@@ -136,6 +136,7 @@ def _candidate(source: bytes, path: str, function: str) -> int:
 
 def _tester(source: bytes, path: str, function: str) -> int:
     """Run the text with a function that the candidate computes."""
+    gone: list[CandidateGoneError] = []
 
     def candidate(*args: Any, **kwargs: Any) -> Any:
         table = Table()
@@ -153,11 +154,14 @@ def _tester(source: bytes, path: str, function: str) -> int:
                 return table.objects[answer["result"]]
         # whatever the other side wrote that is not an answer
         except (OSError, ValueError, LookupError, TypeError, RecursionError, MemoryError) as error:
-            raise CandidateGoneError(f"no answer from {function}") from error
+            gone.append(CandidateGoneError(f"no answer from {function}"))
+            raise gone[-1] from error
         raise failure
 
     candidate.__name__ = candidate.__qualname__ = function
     _execute(source, path, {function: candidate})
+    if gone:  # a bare `except:` went on without an answer
+        raise gone[0]
     if not _finalize():
         os.write(REPORT, FINISHED)
     return 0

@@ -52,7 +52,7 @@ class Limits:
     """What a program may use.
 
     timeout_s        wall time; the CPU gets a second more
-    memory_bytes     address space, of which the interpreter takes about 20 MiB itself
+    memory_bytes     address space, of which the interpreter takes about 25 MiB
     scratch_bytes    of all its files together, where there is a mount namespace
     scratch_inodes   files and folders, likewise
     """
@@ -124,18 +124,21 @@ class Worker:
     def __init__(self, outside: str) -> None:
         self.owner = os.getpid()
         self.once = outside == BUBBLEWRAP_ONCE
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket = ours
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, tempfile.TemporaryFile() as complaint:
-            self.process = subprocess.Popen(
-                _command(outside),
-                stdin=theirs.fileno(),
-                stdout=complaint,
-                stderr=complaint,
-                cwd="/",
-                env={"LANG": "C.UTF-8"},
-                start_new_session=True,
-            )
+            try:
+                self.process = subprocess.Popen(
+                    _command(outside),
+                    stdin=theirs.fileno(),
+                    stdout=complaint,
+                    stderr=complaint,
+                    cwd="/",
+                    env={"LANG": "C.UTF-8"},
+                    start_new_session=True,
+                )
+            except OSError as error:
+                self.socket.close()
+                raise LostWorkerError(f"{outside}: {error}") from error
             theirs.close()
             try:
                 self.has_root = not self._receive(START_S)["held"]["mount"]
@@ -157,9 +160,11 @@ class Worker:
             "limits": job.limits.resources(),
             "required": list(job.required),
         }
-        files = [os.memfd_create(name, os.MFD_CLOEXEC) for name in ("text", "stdout", "stderr")]
         text = job.text.encode("utf-8", errors="surrogatepass")
+        files: list[int] = []
         try:
+            for name in ("text", "stdout", "stderr"):
+                files.append(os.memfd_create(name, os.MFD_CLOEXEC))
             with os.fdopen(os.dup(files[0]), "wb") as file:
                 file.write(text)
             os.lseek(files[0], 0, os.SEEK_SET)
@@ -171,7 +176,8 @@ class Worker:
                 os.close(descriptor)
             raise LostWorkerError(str(error)) from error
         finally:
-            os.close(files[0])
+            for descriptor in files[:1]:
+                os.close(descriptor)
         return files[1:]
 
     def finish(self, job: Job, outputs: list[int]) -> None:
@@ -251,7 +257,8 @@ def seccomp_filter() -> tuple[bytes, str]:
 
 def _bubblewrap(readable: list[str], interpreter: str, once: bool) -> list[str]:
     """bwrap(1) with a root that holds the runtime and the worker, all namespaces new."""
-    words = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--uid", "0", "--gid", "0"]
+    words = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user"]
+    words += ["--uid", "0", "--gid", "0"]
     scratch = ["--dir", confinement.SCRATCH]
     if once:
         scratch = ["--size", str(Limits.scratch_bytes), "--tmpfs", confinement.SCRATCH]
@@ -289,10 +296,10 @@ def remove_tree(folder: Path) -> None:
     while waiting:
         current = waiting.pop()
         for entry in list(current.iterdir()):
-            if entry.is_dir() and not entry.is_symlink():
-                entry.chmod(stat.S_IRWXU)
-                count += 1
-                waiting.append(entry.rename(folder.parent / f"{folder.name}.{count}"))
-            else:
+            if entry.is_symlink() or not entry.is_dir():
                 entry.unlink()
+                continue
+            entry.chmod(stat.S_IRWXU)
+            count += 1
+            waiting.append(entry.rename(folder.parent / f"{folder.name}.{count}"))
         current.rmdir()

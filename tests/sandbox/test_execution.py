@@ -224,6 +224,12 @@ def test_a_slow_candidate_is_named() -> None:
     assert result.error == "stopped after 0.5 s"
 
 
+def test_a_test_that_ignores_everything_does_not_pass_without_answers() -> None:
+    test = "try: f()\nexcept: pass"
+    assert judge("def f(): raise ValueError", test, "f").success
+    assert not judge("import os\ndef f(): os._exit(0)", test, "f").success
+
+
 def test_a_test_that_does_not_end_does_not_pass() -> None:
     assert not judge("def f(): pass", "f()\nimport os\nos._exit(0)", "f").success
     assert not judge("def f(): pass", "f()\nexit(0)", "f").success
