@@ -348,14 +348,19 @@ def test_nobody_calls_home(listener: socket.socket) -> None:
 
 WEAKER = """
 import json, os
-from nanochat.sandbox.execution import execute, judge
+from nanochat.sandbox.confinement import BARRIERS
+from nanochat.sandbox.execution import Sandbox, execute, judge
+from nanochat.sandbox.workers import Limits
 try:
     execute("print(1)")
     refused = ""
 except ValueError as error:
     refused = str(error)
+with Sandbox() as mistaken:  # believes that everything holds
+    mistaken.way, mistaken.isolation = "worker", BARRIERS
+    unstarted = mistaken.execute("print(1)", Limits())
 deep = execute(
-    "import os\\nos.mkdir('a', 0)\\n"
+    "import os\\nos.makedirs('a/b')\\nos.mkdir('a/c', 0)\\nos.symlink('/root/x', 'a/d')\\n"
     "for i in range(3000):\\n    os.mkdir('d'); os.chdir('d')\\n",
     allow_weaker_sandbox=True,
 )
@@ -365,7 +370,7 @@ secret = execute("print(open('/etc/passwd').read())", allow_weaker_sandbox=True)
 print(json.dumps({
     "refused": refused, "isolation": deep.isolation, "missing": deep.missing,
     "done": [deep.success, passing.success], "stopped": [fork.error, secret.error],
-    "left": os.listdir(os.environ["TMPDIR"]),
+    "left": os.listdir(os.environ["TMPDIR"]), "unstarted": [unstarted.stdout, unstarted.error],
 }))
 """
 
@@ -377,9 +382,12 @@ def folder_in_memory() -> Iterator[Path]:
         yield Path(folder)
 
 
-def denied(calls: str, *words: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+def denied(
+    calls: str, *words: str, tmp_path: Path, user: str = "this user"
+) -> subprocess.CompletedProcess[str]:
     """Python where the kernel refuses system calls, without bubblewrap."""
-    command = [sys.executable, "-m", "tests.support.denied", calls, *words]
+    become = ["tests.support.unprivileged"] if user == "nobody" else []
+    command = [sys.executable, "-m", *become, "tests.support.denied", calls, *words]
     environment = os.environ | {"PATH": "/nowhere", "TMPDIR": str(tmp_path)}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
@@ -387,16 +395,20 @@ def denied(calls: str, *words: str, tmp_path: Path) -> subprocess.CompletedProce
 
 
 @pytest.mark.parametrize(
-    ("calls", "missing"),
+    ("calls", "missing", "user"),
     [
-        ("unshare,clone", ["user", "network", "mount", "pid", "ipc"]),
-        ("landlock_create_ruleset", ["landlock"]),
+        ("unshare,clone", ["user", "network", "mount", "pid", "ipc"], "this user"),
+        ("unshare,clone", ["user", "network", "mount", "pid", "ipc"], "nobody"),
+        ("landlock_create_ruleset", ["landlock"], "this user"),
     ],
 )
 def test_a_weaker_sandbox_is_refused_unless_accepted(
-    folder_in_memory: Path, calls: str, missing: list[str]
+    folder_in_memory: Path, calls: str, missing: list[str], user: str
 ) -> None:
-    done = denied(calls, "-c", WEAKER, tmp_path=folder_in_memory)
+    if user == "nobody" and os.getuid() != 0:
+        pytest.skip("needs root, to become somebody else")
+    folder_in_memory.chmod(0o777)
+    done = denied(calls, "-c", WEAKER, tmp_path=folder_in_memory, user=user)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert f"does not grant {' and '.join(missing)}" in said["refused"]
@@ -407,6 +419,7 @@ def test_a_weaker_sandbox_is_refused_unless_accepted(
     assert said["stopped"][0].startswith("PermissionError")
     assert said["stopped"][1].startswith(("PermissionError", "FileNotFoundError"))
     assert not said["left"]
+    assert said["unstarted"] == ["", "exit code 125"]
 
 
 @pytest.mark.long

@@ -40,7 +40,8 @@ def main() -> None:
     confinement.become(confinement.NOBODY)
     os.chdir(ROOT)
     interpreter = str(Path(sys.prefix).resolve() / "bin" / "python")
-    environment = {"PATH": os.environ["PATH"], "HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1"}
+    kept = {name: os.environ[name] for name in ("PATH", "TMPDIR") if name in os.environ}
+    environment = kept | {"HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1"}
     os.execve(interpreter, [interpreter, "-m", *sys.argv[1:]], environment)
 
 
