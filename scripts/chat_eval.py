@@ -37,13 +37,17 @@ class Settings(ChatSettings):
     batch_size: Annotated[Count, tyro.conf.arg(aliases=["-b"])] = 8  # problems of one forward pass
     max_problems: Annotated[CountOrZero, tyro.conf.arg(aliases=["-x"])] = 0  # of each; 0 is all
     fresh: bool = False  # evaluate again what was evaluated before
+    allow_weaker_sandbox: bool = False  # run answers that are programs without every barrier
     seed: Seed = 42  # of sampled answers
 
 
 def main() -> None:
     settings = configurator.load(Settings)
     names = settings.task_name.split("|") if settings.task_name else list(chatcore_baselines())
-    tasks = {name: get_evaluated_task(name, settings.task_data) for name in names}
+    weaker = settings.allow_weaker_sandbox
+    tasks = {name: get_evaluated_task(name, settings.task_data, weaker) for name in names}
+    for task in tasks.values():
+        task.ready()
     chat = load_chat_model(settings, settings.seed)
     runtime, tokenizer, model, meta = chat.runtime, chat.tokenizer, chat.model, chat.meta
     engine = chat.engine(num_slots=settings.batch_size * settings.num_samples)
@@ -103,7 +107,8 @@ class Results:
         stage_name, tag, step = chat.path.parts[-3:]
         self.path = folder / f"{stage_name.removesuffix('_checkpoints')}_{tag}_{step}.json"
         # settings that do not change a result
-        ignored = ("task_name", "fresh", "batch_size", "device", "kernels", "verbose", "checkpoint")
+        ignored = ("task_name", "fresh", "batch_size", "device", "kernels", "verbose", "checkpoint",
+                   "allow_weaker_sandbox")  # fmt: skip
         self.key = {k: v for k, v in asdict(settings).items() if k not in ignored}
         # --source is only a default: a checkpoint's path can name another stage
         self.key["source"] = chat.stage.source

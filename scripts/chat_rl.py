@@ -45,6 +45,7 @@ class Settings(TrainingSettings):
     source: Annotated[str, Choices(stages.parents_of("chatrl"))] = "chatsft"  # its stage
     task: Annotated[str, Choices(rewarded_names)] = "GSM8K"  # what to learn
     task_data: str = ""  # folder of local task files instead of the Hugging Face Hub
+    allow_weaker_sandbox: bool = False  # run answers that are programs without every barrier
     num_iterations: CountOrMinusOne = -1  # optimizer steps; -1 derives them from the next one
     num_epochs: Count = 1  # passes over the task's training problems
     examples_per_step: Count = 16  # problems of one optimizer step over all devices
@@ -78,8 +79,11 @@ def main() -> None:
     )
     # copied before a resumed run replaces the weights: the divergence is from the parent
     reference = copy.deepcopy(model).requires_grad_(False) if settings.kl else None
-    train_task = get_rewarded_task(settings.task, "train", settings.task_data)
-    test_task = get_rewarded_task(settings.task, "test", settings.task_data)
+    train_task, test_task = (
+        get_rewarded_task(settings.task, split, settings.task_data, settings.allow_weaker_sandbox)
+        for split in ("train", "test")
+    )
+    train_task.ready()
     num_iterations = settings.num_iterations
     if num_iterations == -1:
         problems = settings.num_epochs * len(train_task)

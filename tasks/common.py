@@ -35,6 +35,8 @@ class Task(Sequence[Conversation]):
     eval_type: Literal["categorical", "generative", "none"] = "generative"
     # True keeps the task out of every mixture
     evaluation_only = False
+    # True: answers are programs, and its class takes allow_weaker_sandbox
+    runs_code = False
 
     def __init__(
         self,
@@ -48,6 +50,9 @@ class Task(Sequence[Conversation]):
     @abstractmethod
     def get_example(self, index: int) -> Conversation:
         """Conversation number `index`, 0 <= index < num_examples; the same one on every call."""
+
+    def ready(self) -> None:
+        """Called before the first answer. Raises ValueError where none can be judged here."""
 
     def evaluate(self, conversation: Conversation, answer: str) -> bool:
         """Whether the answer to the conversation's last question is right."""

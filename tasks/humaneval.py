@@ -5,7 +5,7 @@ The user's message is the beginning of a program, up to the function's docstring
 repeats it and adds the body. The last lines of both in a sample problem of the same form:
 
     >>> from nanochat.text.chat_format import conversation_text
-    >>> from tasks.humaneval import HumanEval, checking_program
+    >>> from tasks.humaneval import HumanEval, programs
     >>> task = HumanEval("test", "tests/tasks/fixtures")
     >>> print("\\n".join(conversation_text(task[0]).splitlines()[8:11]))
         12
@@ -16,10 +16,12 @@ repeats it and adds the body. The last lines of both in a sample problem of the 
         return double(double(x))
     <|assistant_end|>
 
-An answer is right if this program runs to its end in the sandbox:
+An answer is right if its code, after what the prompt has before the function, passes the test. The
+two are programs of their own, run apart: `judge` of nanochat/sandbox/execution.py.
 
     >>> answer = "Sure:\\n```python\\ndef quadruple(x):\\n    return 2 * double(x)\\n```"
-    >>> print(checking_program(task[0], answer))
+    >>> candidate, test = programs(task[0], answer)
+    >>> print(candidate)
     def double(x: int) -> int:
         """ Twice x. """
         return 2 * x
@@ -29,9 +31,7 @@ An answer is right if this program runs to its end in the sandbox:
     <BLANKLINE>
     def quadruple(x):
         return 2 * double(x)
-    <BLANKLINE>
-    <BLANKLINE>
-    <BLANKLINE>
+    >>> print(test.partition("return 2 * x")[2].strip())
     def check(candidate):
         assert candidate(3) == 12
         assert candidate(-1) == -4
@@ -44,7 +44,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochat.sandbox.execution import execute
+from nanochat.sandbox.execution import judge, shared_sandbox
 from nanochat.text.chat_format import Conversation
 from tasks.registry import TaskEntry
 from tasks.rows import Row
@@ -54,23 +54,21 @@ from tasks.sources import DatasetTask, Source
 CODE_BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 
 
-def runs_in_sandbox(program: str) -> bool:
-    """Whether the program ends without an error in the sandbox.
-
-    Raises  RuntimeError where the kernel offers no isolation (nanochat/sandbox/execution.py).
-    """
-    return execute(program).success
+# whether a function that a program defines passes a test: (program, test, name of the function)
+Judge = Callable[[str, str, str], bool]
 
 
 class HumanEval(DatasetTask):
     """Problems whose answer is right if the tests pass when they are run on its code.
 
-    split   test
-    run     tells whether a program ends without an error
-    Raises  ValueError for an unknown split or missing files.
+    split                 test
+    judge                 tells whether an answer passes; in the sandbox where none is given
+    allow_weaker_sandbox  judge answers even where this kernel cannot hold every barrier
+    Raises                ValueError for an unknown split or missing files.
     """
 
     evaluation_only = True
+    runs_code = True
     source = Source(
         repository="openai/openai_humaneval",
         revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
@@ -83,10 +81,12 @@ class HumanEval(DatasetTask):
         self,
         split: str = "test",
         task_data: Path | str = "",
-        run: Callable[[str], bool] = runs_in_sandbox,
+        judge: Judge | None = None,
+        allow_weaker_sandbox: bool = False,
         **view: int | None,
     ) -> None:
-        self.run = run
+        self.allow_weaker_sandbox = allow_weaker_sandbox
+        self.judge = judge or self.judge_in_sandbox
         super().__init__(split, task_data, **view)
 
     def conversation(self, row: Row) -> Conversation:
@@ -99,16 +99,27 @@ class HumanEval(DatasetTask):
             "test": row["test"],
         }
 
+    def ready(self) -> None:
+        if self.judge == self.judge_in_sandbox:
+            shared_sandbox(self.allow_weaker_sandbox).ready()
+
+    def judge_in_sandbox(self, candidate: str, test: str, function: str) -> bool:
+        """Whether the candidate passes. Raises ValueError where a barrier is missing."""
+        weaker = self.allow_weaker_sandbox
+        return judge(candidate, test, function, allow_weaker_sandbox=weaker).success
+
     def evaluate(self, conversation: Conversation, answer: str) -> bool:
-        return self.run(checking_program(conversation, answer))
+        return self.judge(*programs(conversation, answer), conversation["entry_point"])
 
 
-def checking_program(conversation: Conversation, answer: str) -> str:
-    """A program that ends without an error if the answer's code passes the tests."""
+def programs(conversation: Conversation, answer: str) -> tuple[str, str]:
+    """The answer's program, which defines the function, and the test's, which calls it."""
     prompt, function = conversation["messages"][0]["content"], conversation["entry_point"]
-    # answers often leave out the imports and helpers that the prompt has before the function
+    # answers often leave out the imports and helpers that the prompt has before the function, and
+    # tests use them too
     preamble = prompt.partition(f"def {function}(")[0]
-    return "\n\n".join([preamble, extract_code(answer), conversation["test"], f"check({function})"])
+    candidate = "\n\n".join([preamble, extract_code(answer)])
+    return candidate, "\n\n".join([preamble, conversation["test"], f"check({function})"])
 
 
 def extract_code(answer: str) -> str:

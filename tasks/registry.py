@@ -99,26 +99,41 @@ def get_task(
     return make(*entry.arguments, split, task_data or "", **options)
 
 
-def get_evaluated_task(name: str, task_data: Path | str | None = None) -> Task:
-    """The test split of a task that has right answers.
+def get_evaluated_task(
+    name: str, task_data: Path | str | None = None, allow_weaker_sandbox: bool = False
+) -> Task:
+    """The test split of a task that has right answers, for a script to evaluate.
 
+    allow_weaker_sandbox  of a task whose answers are programs
     Raises  ValueError as `get_task`, or for a task that is only trained on.
     """
     if find_entry(name).task.eval_type == "none":
         choices = ", ".join(evaluated_names())
         raise ValueError(f"{name} has no right answers to compare with; choose among {choices}")
-    return get_task(name, "test", task_data)
+    return get_task(name, "test", task_data, **_sandbox(name, allow_weaker_sandbox))
 
 
-def get_rewarded_task(name: str, split: str, task_data: Path | str | None = None) -> Task:
+def get_rewarded_task(
+    name: str,
+    split: str,
+    task_data: Path | str | None = None,
+    allow_weaker_sandbox: bool = False,
+) -> Task:
     """A task for reinforcement learning.
 
+    allow_weaker_sandbox  of a task whose answers are programs
     Raises  ValueError as `get_task`, or for a task without a usable reward.
     """
     if not find_entry(name).has_reward:
         choices = ", ".join(rewarded_names())
         raise ValueError(f"{name} has no reward to learn from; choose among {choices}")
-    return get_task(name, split, task_data)
+    return get_task(name, split, task_data, **_sandbox(name, allow_weaker_sandbox))
+
+
+def _sandbox(name: str, allow_weaker_sandbox: bool) -> dict[str, bool]:
+    """The option of a task whose answers are programs."""
+    runs_code = find_entry(name).task.runs_code
+    return {"allow_weaker_sandbox": allow_weaker_sandbox} if runs_code else {}
 
 
 def evaluated_names() -> list[str]:

@@ -1,6 +1,5 @@
 """Tasks: views and mixtures, what each task asks, which answers it accepts."""
 
-import ast
 import json
 import re
 import subprocess
@@ -30,10 +29,10 @@ from tasks.common import (
 )
 from tasks.customjson import IDENTITY, CustomJSON, check_messages, identity
 from tasks.gsm8k import GSM8K, solution_parts
-from tasks.humaneval import HumanEval, checking_program, extract_code
+from tasks.humaneval import HumanEval, extract_code
 from tasks.mixtures import mid_mixture, sft_mixture
 from tasks.mmlu import MMLU
-from tasks.registry import evaluated_names, get_task
+from tasks.registry import evaluated_names, get_evaluated_task, get_task
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee, load_words
 
@@ -229,8 +228,8 @@ def test_gsm8k_judges_the_number() -> None:
     assert not task.evaluate(half, "#### 2")
 
 
-def runs(program: str) -> bool:
-    command = [sys.executable, "-c", program]
+def runs(candidate: str, test: str, function: str) -> bool:
+    command = [sys.executable, "-c", f"{candidate}\n\n{test}"]
     return subprocess.run(command, capture_output=True, timeout=30).returncode == 0
 
 
@@ -247,19 +246,33 @@ def runs(program: str) -> bool:
     ],
 )
 def test_humaneval_runs_the_answer(function: str, answer: str, right: bool) -> None:
-    task = HumanEval(task_data=DATA, run=runs)
+    task = HumanEval(task_data=DATA, judge=runs)
     (conversation,) = [c for c in task if c["entry_point"] == function]
     assert task.evaluate(conversation, answer) is right
 
 
+sandboxed = pytest.mark.skipif(
+    set(isolation_level()) != set(BARRIERS),
+    reason=f"this kernel grants only {isolation_level()}",
+)
+
+
+@sandboxed
 def test_humaneval_in_the_sandbox() -> None:
-    if set(isolation_level()) != set(BARRIERS):
-        pytest.skip(f"needs a kernel with {' and '.join(BARRIERS)}")
     task = HumanEval(task_data=DATA)
     assert task.evaluation_only
     for conversation in task:
         assert task.evaluate(conversation, last_text(conversation))
         assert not task.evaluate(conversation, "pass")
+
+
+def test_the_weaker_sandbox_is_for_tasks_whose_answers_are_programs() -> None:
+    task = get_evaluated_task("HumanEval", DATA, allow_weaker_sandbox=True)
+    assert isinstance(task, HumanEval)
+    assert task.allow_weaker_sandbox
+    task.ready()
+    assert not HumanEval(task_data=DATA).allow_weaker_sandbox
+    get_evaluated_task("GSM8K", DATA, allow_weaker_sandbox=True).ready()
 
 
 def test_code_blocks() -> None:
@@ -568,8 +581,8 @@ def test_real_gsm8k_answers_are_numbers(real_tasks: Path, split: str) -> None:
             assert "<<" not in part["text"]
 
 
-def test_real_humaneval_solutions_pass(real_tasks: Path) -> None:
-    for conversation in HumanEval(task_data=real_tasks):
-        program = checking_program(conversation, last_text(conversation))
-        ast.parse(program)
-        assert runs(program), conversation["entry_point"]
+@sandboxed
+def test_real_humaneval_solutions_pass_and_empty_answers_do_not(real_tasks: Path) -> None:
+    task = HumanEval(task_data=real_tasks)
+    assert not [c["entry_point"] for c in task if not task.evaluate(c, last_text(c))]
+    assert not [c["entry_point"] for c in task if task.evaluate(c, "")]
