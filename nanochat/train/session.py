@@ -48,7 +48,8 @@ from nanochat.settings import (
 )
 from nanochat.text.tokenizer_base import Tokenizer
 from nanochat.tracking import Tracker
-from nanochat.train.run import TrainState, choices_record, device_peaks, find_resume
+from nanochat.train.checkpoint_read import resumable
+from nanochat.train.run import TrainState, choices_record, device_peaks
 from nanochat.train.step import StepResult, set_rates
 
 
@@ -145,8 +146,10 @@ class Session:
         meta["tokenizer_fingerprint"] = tokenizer.fingerprint()
         stage = stages.get(stage).name
         self.state = TrainState(model, optimizers, self.meter, stage, tag, meta)
-        resumed = find_resume(stage, tag, settings.resume, settings.resume_from, runtime.base_dir)
-        if resumed is not None:
+        resumed = []
+        if settings.resume or settings.resume_from:
+            resumed = resumable(settings.resume_from or None, stage, runtime.base_dir, tag)
+        if resumed:
             self.state.restore(resumed, runtime)
         self.tracker = Tracker(
             self.state.directory(runtime),
@@ -154,7 +157,7 @@ class Session:
             stage,
             settings,
             run=wandb_run or settings.run,
-            resume_step=None if resumed is None else self.state.step,
+            resume_step=self.state.step if resumed else None,
             header=header | {"kernel_reasons": reasons_record(kernels)},
         )
         self.started = time.perf_counter()

@@ -21,7 +21,15 @@ import torch
 from nanochat.gpt import GPT
 from nanochat.optim import muon
 from nanochat.text.tokenizer import RustBPETokenizer
-from tests.support.runs import rows_of_tokens, run_here, sentences, training_losses, write_shard
+from tests.support.runs import (
+    rank_of,
+    rows_of_tokens,
+    run_here,
+    sentences,
+    torchrun,
+    training_losses,
+    write_shard,
+)
 
 pytestmark = pytest.mark.long
 
@@ -59,10 +67,8 @@ class World:
 
     base_dir: Path
 
-    def start(self, *arguments: str, ranks: int = 1) -> subprocess.Popen[str]:
-        launcher = [sys.executable]
-        if ranks > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    def start(self, *arguments: str, ranks: int = 1, restarts: int = 0) -> subprocess.Popen[str]:
+        launcher = torchrun(ranks, restarts) if ranks > 1 else [sys.executable]
         data = f"--data_dir={self.base_dir / 'text'}"
         environment = os.environ | {
             "NANOCHAT_BASE_DIR": str(self.base_dir),
@@ -153,6 +159,33 @@ def test_resumed_equals_uninterrupted(world: World, uninterrupted: str) -> None:
     assert world.losses("whole2") == world.losses("whole")
 
 
+@pytest.mark.parametrize("name", ["model.pt", "optim_rank0.pt", "meta.json"])
+def test_a_flipped_bit_costs_one_checkpoint_not_the_run(
+    world: World, uninterrupted: str, name: str
+) -> None:
+    tag = f"flipped-{name.partition('.')[0]}"
+    world.run(f"--model_tag={tag}", "--num_iterations=9")
+    newest = world.folder(tag) / "000009"
+    content = bytearray((newest / name).read_bytes())
+    at = content.index(b'"step": 9') + 8 if name == "meta.json" else len(content) // 2
+    content[at] ^= 1
+    (newest / name).write_bytes(content)
+    message = refusal(
+        world, *SMALL, f"--data_dir={world.base_dir / 'text'}", f"--model_tag={tag}",
+        f"--resume_from={tag}/9",
+    )  # fmt: skip
+    assert f"{tag}/000009" in message
+    if name == "meta.json":
+        with pytest.warns(UserWarning, match=rf"skipping .*{tag}/000009: .*changed"):
+            output = world.run(f"--model_tag={tag}", "--resume")
+    else:
+        output = world.run(f"--model_tag={tag}", "--resume")
+        assert re.search(rf"skipping .*{tag}/000009: .*{name} is damaged", output)
+    assert f"resuming from {world.folder(tag) / '000006'}" in output
+    assert_same_weights(world.weights(tag), world.weights("whole"))
+    assert world.losses(tag) == world.losses("whole")
+
+
 def kill_and_resume(world: World, tag: str, kills: int, seed: int) -> None:
     chooser = random.Random(seed)
     for _ in range(kills):
@@ -178,29 +211,42 @@ def test_killed_twenty_times(world: World, uninterrupted: str) -> None:
         kill_and_resume(world, f"killed{seed}", kills=4, seed=seed + 1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_saves_and_leaves(
-    world: World, uninterrupted: str, number: signal.Signals
+def read_until(process: subprocess.Popen[str], begin: str) -> str:
+    """What a process prints up to a line that begins so."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(begin):
+            return "".join(lines)
+    pytest.fail(f"no line begins with {begin!r}: {''.join(lines)}")
+
+
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_asked_to_stop_it_saves_once_and_leaves(
+    world: World, number: signal.Signals, ranks: int
 ) -> None:
     tag = f"stopped-{number.name}"
-    process = world.start(f"--model_tag={tag}", "--save_every=-1", "--num_iterations=100000")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 00003/"):
-            process.send_signal(number)
-            break
+    endless = ("--save_every=-1", "--num_iterations=100000")
+    process = world.start(f"--model_tag={tag}", *endless, ranks=ranks)
+    read_until(process, "step 00003/")
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, output
-    assert f"{number.name}: saved step" in output
-    saved = [path.name for path in world.folder(tag).iterdir() if path.name.isdigit()]
-    assert len(saved) == 1
-    assert int(saved[0]) >= 3
+    # torchrun, which passes the signal on, ends with a code of its own
+    assert process.returncode == (128 + number if ranks == 1 else 1), output
+    assert output.count(f"{number.name}: saved step") == 1
+    (saved,) = steps_on_disk(world, tag)
+    assert int(saved) >= 3
 
 
-def test_two_ranks_train_like_one(world: World, uninterrupted: str) -> None:
+@pytest.fixture(scope="module")
+def two_ranks(world: World) -> str:
+    return world.run("--model_tag=two", ranks=2)
+
+
+def test_two_ranks_train_like_one(world: World, uninterrupted: str, two_ranks: str) -> None:
     # the same documents in the same global batch need one row group a rank: compare the first
     # step, which both begin from the same weights, and the course of the rest
-    world.run("--model_tag=two", ranks=2)
     one, two = world.losses("whole"), world.losses("two")
     assert two[0] == pytest.approx(one[0], rel=1e-4)
     assert two[-1] == pytest.approx(one[-1], rel=0.1)
@@ -208,6 +254,23 @@ def test_two_ranks_train_like_one(world: World, uninterrupted: str) -> None:
     assert files >= {"model.pt", "meta.json", "optim_rank0.pt", "optim_rank1.pt"}
     output = world.run("--model_tag=two", "--resume", "--num_iterations=14", code=2)
     assert "saved by 2 ranks" in output
+
+
+def test_torchrun_replaces_a_killed_rank(world: World, two_ranks: str) -> None:
+    run = ("--model_tag=restarted", "--resume", "--save_every=1")
+    process = world.start(*run, ranks=2, restarts=1)
+    read_until(process, "step 00003/")
+    victim = rank_of(process.pid, 1)
+    assert victim is not None
+    victim.kill()
+    # torchrun starts both ranks again, which continue by themselves
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "error: another rank has ended" in output
+    assert "Traceback" not in output
+    assert "resuming from" in output
+    assert_same_weights(world.weights("restarted"), world.weights("two"))
+    assert world.losses("restarted") == world.losses("two")
 
 
 def test_with_a_token_cache_any_number_of_ranks_sees_the_same_batches(world: World) -> None:

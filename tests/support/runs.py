@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -47,6 +48,21 @@ TINY = (
     "--eval_tokens=128",
     "--sample_every=-1",
 )
+
+
+def torchrun(ranks: int, restarts: int = 0) -> list[str]:
+    """The words that start a script on several ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+
+
+def rank_of(torchrun: int, rank: int) -> psutil.Process | None:
+    """The process of a rank that torchrun, a process id, has started; None while there is none."""
+    for child in psutil.Process(torchrun).children():
+        with contextlib.suppress(psutil.Error):
+            if child.environ().get("RANK") == str(rank):
+                return child
+    return None
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
