@@ -8,5 +8,5 @@
     dataloader            documents -> batches of (inputs, targets), resumable to the token
     conversation_loader   conversations -> the same batches, with a loss mask
 
-May import: common, kernels, text.
+May import: common, kernels, locks, text.
 """

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from nanochat.data.documents import DOCUMENTS_AT_ONCE, DocumentSource, TextSource
 from nanochat.data.hub import sha256
 from nanochat.data.shards import RowBlock, shard_blocks, shard_digest
+from nanochat.locks import LockedError, OwnedLock
 from nanochat.text.tokenizer_base import Tokenizer
 
 TOKENS, OFFSETS, META = "tokens.bin", "offsets.npy", "meta.json"
@@ -112,11 +112,11 @@ def write_missing(tokenizer: Tokenizer, shards: dict[Path, Path], threads: int) 
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with FileLock(target.with_name(f".{target.name}.lock"), timeout=-1 if wait else 0):
+                with OwnedLock(target.with_name(f".{target.name}"), "let it finish", wait):
                     if not target.is_dir():  # another process may just have finished it
                         print(f"tokenizing {path} ({number} of {len(shards)})", flush=True)
                         _write(tokenizer, path, target, threads)
-            except Timeout:
+            except LockedError:
                 continue
 
 

@@ -218,3 +218,8 @@ def due(step: int, every: int) -> bool:
 def choices_record(choices: Sequence[Choice]) -> dict[str, str]:
     """operation -> implementation, for checkpoints and records."""
     return {choice.op: choice.implementation for choice in choices}
+
+
+def reasons_record(choices: Sequence[Choice]) -> dict[str, dict[str, str]]:
+    """operation -> why its implementation runs, and why each other one does not."""
+    return {c.op: {c.implementation: c.reason, **c.refused} for c in choices}

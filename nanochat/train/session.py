@@ -33,6 +33,7 @@ from nanochat.common import (
 from nanochat.gpt import GPT
 from nanochat.kernels.optional_triton import compile_refusal
 from nanochat.kernels.registry import Choice, format_choices, select
+from nanochat.locks import lock_for_all_ranks
 from nanochat.optim import schedule
 from nanochat.optim.muon import COEFFICIENTS
 from nanochat.profiler.throughput import Meter, console_line, peak_memory_gib
@@ -49,7 +50,7 @@ from nanochat.settings import (
 from nanochat.text.tokenizer_base import Tokenizer
 from nanochat.tracking import Tracker
 from nanochat.train.checkpoint_read import resumable
-from nanochat.train.run import TrainState, choices_record, device_peaks
+from nanochat.train.run import TrainState, choices_record, device_peaks, reasons_record
 from nanochat.train.step import StepResult, set_rates
 
 
@@ -146,13 +147,15 @@ class Session:
         meta["tokenizer_fingerprint"] = tokenizer.fingerprint()
         stage = stages.get(stage).name
         self.state = TrainState(model, optimizers, self.meter, stage, tag, meta)
+        folder = self.state.directory(runtime)
+        self.lock = lock_for_all_ranks(folder / ".run", "use another --model_tag", runtime)
         resumed = []
         if settings.resume or settings.resume_from:
             resumed = resumable(settings.resume_from or None, stage, runtime.base_dir, tag)
         if resumed:
             self.state.restore(resumed, runtime)
         self.tracker = Tracker(
-            self.state.directory(runtime),
+            folder,
             runtime,
             stage,
             settings,
@@ -299,6 +302,8 @@ class Session:
             self.save()
             print0(f"{stop.name}: saved step {self.step}; continue with --resume")
         self.tracker.close()
+        if self.lock is not None:
+            self.lock.close()
         self.runtime.close()
         if self.stopped:
             sys.exit(stop.exit_code)
@@ -334,8 +339,3 @@ def compiled(model: GPT, wanted: bool) -> torch.nn.Module:
     if reason:
         raise ValueError(f"--compile=True cannot work here: {reason}; leave --compile out")
     return cast(torch.nn.Module, torch.compile(model, dynamic=False))
-
-
-def reasons_record(choices: list[Choice]) -> dict[str, dict[str, str]]:
-    """operation -> why its implementation runs, and why each other one does not."""
-    return {c.op: {c.implementation: c.reason, **c.refused} for c in choices}

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from nanochat.gpt import GPT
+from nanochat.locks import OwnedLock
 from nanochat.optim import muon
 from nanochat.text.tokenizer import RustBPETokenizer
 from tests.support.runs import (
@@ -280,6 +281,21 @@ def test_with_a_token_cache_any_number_of_ranks_sees_the_same_batches(world: Wor
     assert world.losses("cached2") == pytest.approx(world.losses("cached"), rel=1e-4)
 
 
+def test_a_second_run_of_a_tag_is_refused_and_spoils_nothing(world: World) -> None:
+    world.run("--model_tag=twice", "--num_iterations=3")
+    left = {path: path.read_bytes() for path in world.folder("twice").rglob("*.*")}
+    with OwnedLock(world.folder("twice") / ".run", "of a run that goes on"):
+        message = refusal(
+            world, *SMALL, f"--data_dir={world.base_dir / 'text'}", "--model_tag=twice"
+        )
+    assert f"base_checkpoints/twice is in use by process {os.getpid()} on " in message
+    assert "wait for it, stop it, or use another --model_tag" in message
+    now = {path: path.read_bytes() for path in world.folder("twice").rglob("*.*")}
+    assert {path: content for path, content in now.items() if path.suffix != ".lock"} == {
+        path: content for path, content in left.items() if path.suffix != ".lock"
+    }
+
+
 def failure(world: World, *arguments: str) -> str:
     """The message with which a run that began well ends."""
     data = f"--data_dir={world.base_dir / 'text'}"
@@ -502,7 +518,7 @@ def test_one_shard_is_enough_and_a_bad_one_may_be_left_out(world: World, bad: Pa
     [
         ("tok_train", "--vocab_size=264", ("264 is below 265", "256 bytes", "--vocab_size=265")),
         ("tok_train", "--vocab_size=60000", ("not 60,000", "smaller --vocab_size or more text")),
-        ("tok_train", "--output_dir={bad}/key.py", ("bad/key.py", "cannot write the records")),
+        ("tok_train", "--output_dir={bad}/key.py", ("bad/key.py", "cannot lock the folder")),
         ("tok_eval", "--tokenizer_dir=/nowhere", ("/nowhere", "scripts.tok_train")),
         ("base_loss", "--checkpoint=nothing", ("'nothing'", "(steps to 12)")),
         ("base_loss", "--checkpoint={bad}/foreign.pt", ("is not a whole checkpoint", "model.pt")),
@@ -564,8 +580,8 @@ def test_no_permission_to_write_is_said_before_training(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", denied)
         message = refusal(world, *small)
-    assert "cannot write the records (Permission denied)" in message
-    assert "denied/metrics.jsonl" in message
+    assert "cannot lock the folder (Permission denied)" in message
+    assert "base_checkpoints/denied" in message
     assert "NANOCHAT_BASE_DIR" in message
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     message = refusal(world, *small)

@@ -250,7 +250,8 @@ def test_two_ranks_of_each_stage_survive_kills_while_they_save(
             assert victim is not None
             victim.kill()
             kills += 1
-    assert process.wait(60) == 0, "".join(output)
+    process.communicate(timeout=60)
+    assert process.returncode == 0, "".join(output)
     assert kills == 3
     assert_same(rl.weights(stage, "two_whole", 12), rl.weights(stage, tag, 12))
 

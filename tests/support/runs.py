@@ -30,6 +30,7 @@ from nanochat import hardware
 from nanochat.data.dataloader import CUDAPrefetcher
 from nanochat.gpt import GPT
 from nanochat.kernels.registry import REGISTRY
+from nanochat.locks import OwnedLock
 from nanochat.text.tokenizer import RustBPETokenizer
 from nanochat.tracking import Tracker
 
@@ -134,9 +135,9 @@ def process_restored() -> Iterator[None]:
     """Put back what a script changes in its process; close what an error leaves open."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     selected = {op: op.selected for op in REGISTRY.values()}
-    left_open: list[Tracker | CUDAPrefetcher] = []
+    left_open: list[Tracker | CUDAPrefetcher | OwnedLock] = []
 
-    def noting(closable: type[Tracker] | type[CUDAPrefetcher]) -> Any:
+    def noting(closable: type[Tracker] | type[CUDAPrefetcher] | type[OwnedLock]) -> Any:
         build = closable.__init__
 
         def build_and_note(self: Any, *arguments: Any, **options: Any) -> None:
@@ -150,6 +151,7 @@ def process_restored() -> Iterator[None]:
         with (
             noting(Tracker),
             noting(CUDAPrefetcher),
+            noting(OwnedLock),
             # what a GEMM reaches is another test's subject, and half a second
             mock.patch.object(hardware, "measure_gemm", return_value=1e11),
             warnings.catch_warnings(),
