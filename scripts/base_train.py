@@ -67,6 +67,7 @@ class Settings(TrainingSettings):
     core_metric_every: CountOrMinusOne = -1  # steps between CORE scores, and at the end; -1: never
     core_metric_max_per_task: CountOrMinusOne = 500  # examples of each CORE task; -1 is all
     core_bundle_dir: str = ""  # unpacked CORE bundle; empty downloads it to the base directory
+    core_bundle_sha256: str = ""  # of its archive; empty is that of the first download
     sample_every: CountOrMinusOne = 2000  # steps between samples; -1 samples only at the end
     model_tag: str = ""  # folder of the checkpoints; empty is d<depth>
     compile: bool = False  # torch.compile the model
@@ -224,7 +225,9 @@ def load_core_tasks(settings: Settings, runtime: Runtime) -> list[CoreTask]:
     """The tasks of CORE, none if it is never evaluated."""
     if settings.core_metric_every <= 0:
         return []
-    return load_tasks(Path(settings.core_bundle_dir or get_bundle(runtime.base_dir)))
+    if settings.core_bundle_dir:
+        return load_tasks(Path(settings.core_bundle_dir))
+    return load_tasks(get_bundle(runtime.base_dir, sha256=settings.core_bundle_sha256))
 
 
 def core_metric(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanochat import stages
+from nanochat.common import sha256_of
 
 MODEL_FILE = "model.pt"
 META_FILE = "meta.json"
@@ -221,12 +222,8 @@ def _read_tensors(path: Path, name: str, map_location: torch.device | str) -> di
     file = path / name
     if recorded is None:
         raise ValueError(f"{path / META_FILE} lists no {name}; the checkpoint is foreign")
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while chunk := stream.read(2**20):
-            digest.update(chunk)
     remedy = "load another step, or save this one again"
-    if digest.hexdigest() != recorded["sha256"]:
+    if sha256_of(file) != recorded["sha256"]:
         raise DamagedCheckpointError(
             f"{file} is damaged: its SHA-256 is not the recorded one; {remedy}"
         )
