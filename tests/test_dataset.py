@@ -11,7 +11,8 @@ import pytest
 
 from nanochat import dataset
 from nanochat.data import digests, embedded, shards
-from tests.support.shards import break_row_group, documents, write, write_three
+from nanochat.data.documents import TextSource
+from tests.support.shards import BYTES, break_row_group, documents, write, write_three
 
 
 @pytest.fixture
@@ -134,6 +135,16 @@ def test_identity_is_of_the_content(tmp_path: Path) -> None:
         shards.identity(shards.row_blocks(folder, "train")) for folder in (one, same, other)
     ]
     assert identities[0] == identities[1] != identities[2]
+
+
+def test_a_document_of_megabytes_is_whole(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", [["short", "x" * 5_000_000, "after"], ["val"]])
+    read, number = [], 0
+    source = TextSource(BYTES, shards.row_blocks(folder, "train"))
+    while number < source.num_documents:
+        documents, number = source.read(number)
+        read += documents
+    assert [len(tokens) for tokens in read] == [6, 5_000_001, 6]  # each after a BOS
 
 
 def flipped(path: Path, bit: int) -> None:

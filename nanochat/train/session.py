@@ -76,9 +76,7 @@ class TrainingSettings:
     model_tag: str = ""  # folder of the checkpoints; empty is the parent model's
     resume: bool = False  # continue from the newest checkpoint of the tag, if there is one
     resume_from: str = ""  # continue from this checkpoint: file, folder, tag or step
-    collective_timeout: Positive = (
-        COLLECTIVE_TIMEOUT  # seconds that a rank waits for the others, then ends
-    )
+    collective_timeout: Positive = COLLECTIVE_TIMEOUT  # seconds to wait for other ranks
     kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
     verbose: bool = False  # print why each operation runs as it does
     seed: Seed = 42  # of everything random

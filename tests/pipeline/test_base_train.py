@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -272,6 +273,36 @@ def test_torchrun_replaces_a_killed_rank(world: World, two_ranks: str) -> None:
     assert "resuming from" in output
     assert_same_weights(world.weights("restarted"), world.weights("two"))
     assert world.losses("restarted") == world.losses("two")
+
+
+@pytest.mark.slow
+def test_a_silent_rank_ends_the_run_after_the_timeout(world: World) -> None:
+    endless = ("--model_tag=silent", "--save_every=-1", "--num_iterations=100000")
+    process = world.start(*endless, "--collective_timeout=5", ranks=2)
+    read_until(process, "step 00003/")
+    victim = rank_of(process.pid, 1)
+    assert victim is not None
+    victim.suspend()
+    said = read_until(process, "error: ")
+    victim.resume()  # torchrun would kill it after half a minute
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "did not answer within --collective_timeout" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_ranks_fall_back_together(world: World, two_ranks: str) -> None:
+    """The newest optimizer state of rank 1 alone is damaged."""
+    shutil.copytree(world.folder("two"), world.folder("two_flipped"))
+    newest = world.folder("two_flipped") / "000012"
+    content = bytearray((newest / "optim_rank1.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / "optim_rank1.pt").write_bytes(content)
+    output = world.run("--model_tag=two_flipped", "--resume", ranks=2)
+    assert "000012: damaged, as another rank says" in output
+    assert f"resuming from {world.folder('two_flipped') / '000009'}" in output
+    assert_same_weights(world.weights("two_flipped"), world.weights("two"))
 
 
 def test_with_a_token_cache_any_number_of_ranks_sees_the_same_batches(world: World) -> None:
