@@ -118,7 +118,7 @@ class Runtime:
         """Sums over the ranks of the `size` numbers that `compute` gives on each.
 
         Where one rank cannot give its numbers, none waits for them:
-        Raises  on every rank torch.OutOfMemoryError if one ran out of memory, StoppedError if
+        Raises  on every rank RanksOutOfMemoryError if one ran out of memory, StoppedError if
                 check_stop() found one asked to stop.
         """
         values = torch.zeros(size + 2, dtype=torch.float64, device=self.device)
@@ -133,7 +133,7 @@ class Runtime:
         if stopped:
             raise StoppedError
         if out_of_memory:
-            raise torch.OutOfMemoryError(f"{out_of_memory:.0f} of {self.world_size} ranks")
+            raise RanksOutOfMemoryError(f"on {out_of_memory:.0f} of {self.world_size} ranks")
         return sums
 
     def check_stop(self) -> None:
@@ -154,6 +154,10 @@ class Runtime:
 
 class StoppedError(Exception):
     """A signal asked this rank, or another one, to stop."""
+
+
+class RanksOutOfMemoryError(torch.OutOfMemoryError):
+    """This rank, or another one, ran out of memory; all of them know, and nothing has changed."""
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from nanochat import stages
 from nanochat.command import RunFailedError
 from nanochat.common import (
     COLLECTIVE_TIMEOUT,
+    RanksOutOfMemoryError,
     Runtime,
     StoppedError,
     StopRequest,
@@ -189,17 +190,18 @@ class Session:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Around one step: a signal undoes it and sets `stopped`; memory that runs out ends the run
-        after a checkpoint of the steps before.
+        """Around one step: a signal undoes it and sets `stopped`; a lack of memory ends the run,
+        after a checkpoint of the steps before where the ranks agree that nothing has changed.
 
-        Raises  RunFailedError with what to lower. The ranks agree, as those of train_step do.
+        Raises  RunFailedError with what to lower.
         """
         with self._interruptible() as caught:
             yield
         if caught:
-            self.save()
+            if caught[0][1]:
+                self.save()
             raise RunFailedError(
-                f"step {self.step}: out of memory ({caught[0]}). Lower --device_batch_size, now "
+                f"step {self.step}: out of memory ({caught[0][0]}). Lower --device_batch_size, now "
                 f"{self.settings.device_batch_size}: a step then has more micro-batches of fewer "
                 f"rows. {self.state.what_is_saved()}"
             )
@@ -214,19 +216,20 @@ class Session:
         with self._interruptible() as caught:
             yield
         if caught:
-            text = f"{name} is left out: out of memory ({caught[0]})"
-            self.log("out_of_memory", text, during=name, reason=caught[0])
+            text = f"{name} is left out: out of memory ({caught[0][0]})"
+            self.log("out_of_memory", text, during=name, reason=caught[0][0])
 
     @contextmanager
-    def _interruptible(self) -> Iterator[list[str]]:
-        """What a lack of memory said, if there was one; the memory is free again."""
-        caught: list[str] = []
+    def _interruptible(self) -> Iterator[list[tuple[str, bool]]]:
+        """What a lack of memory said, if there was one, and whether the ranks agree on it; the
+        memory is free again."""
+        caught: list[tuple[str, bool]] = []
         try:
             yield caught
         except StoppedError:
             self.stopped = True
         except torch.OutOfMemoryError as error:
-            caught.append(str(error))
+            caught.append((str(error), isinstance(error, RanksOutOfMemoryError)))
         # by now the error is gone, and with it the frames that held the memory
         if caught:
             torch.cuda.empty_cache()

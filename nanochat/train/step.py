@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nanochat.common import Runtime, StoppedError
+from nanochat.common import RanksOutOfMemoryError, Runtime, StoppedError
 from nanochat.kernels.linear_cross_entropy import IGNORE_INDEX
 from nanochat.optim.sharding import BucketOptimizer
 
@@ -51,7 +51,7 @@ def train_step(
     grad_clip  largest global gradient norm; 0 leaves the gradient as it is.
     loss_sum   of the valid targets of one micro-batch.
     Raises     on every rank, with nothing updated: StoppedError if one was asked to stop,
-               torch.OutOfMemoryError if one ran out of memory.
+               RanksOutOfMemoryError if one ran out of memory in a micro-batch.
     """
     # how many targets the whole step has: known before the first backward, from the data alone
     valid = torch.zeros((), dtype=torch.int64, device=runtime.device)
@@ -92,7 +92,7 @@ def train_step(
     if asked_to_stop:
         raise StoppedError
     if num_out_of_memory:
-        raise torch.OutOfMemoryError(f"on {num_out_of_memory:.0f} of {runtime.world_size} ranks")
+        raise RanksOutOfMemoryError(f"on {num_out_of_memory:.0f} of {runtime.world_size} ranks")
     return StepResult(loss, norm_squared.sqrt(), finite)
 
 

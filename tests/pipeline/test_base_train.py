@@ -1,6 +1,7 @@
 """Base training as people run it: from the command line, killed, resumed, stopped, two ranks."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -389,6 +390,23 @@ def test_too_little_memory_costs_no_step(world: World, uninterrupted: str) -> No
     assert f"small/{step} is untouched" in message
     world.run("--model_tag=small", "--resume")
     assert_same_weights(world.weights("small"), world.weights("whole"))
+
+
+def test_a_half_made_update_is_not_saved(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates, calls = muon.Muon.update, itertools.count()
+
+    def none_left(optimizer: muon.Muon, *bucket: Any) -> None:
+        if next(calls) == 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        updates(optimizer, *bucket)
+
+    monkeypatch.setattr(muon.Muon, "update", none_left)
+    message = failure(world, "--model_tag=half", "--save_every=2")
+    saved = steps_on_disk(world, "half")
+    assert f"half/{saved[-1]} is untouched" in message
+    assert all(int(step) % 2 == 0 for step in saved), "only what was due was saved"
+    (step,) = re.findall(r"step (\d+): out of memory", message)
+    assert int(step) % 2 == 1, "choose another call: the step before this one was saved anyway"
 
 
 def test_an_evaluation_without_memory_is_left_out(
