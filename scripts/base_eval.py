@@ -29,6 +29,7 @@ class Settings(ModelSettings):
     tasks: str = ""  # comma-separated labels; empty is all 22, which alone give a CORE score
     max_per_task: CountOrMinusOne = -1  # examples of each task, after shuffling; -1 is all
     bundle_dir: str = ""  # unpacked evaluation bundle; empty downloads it to the base directory
+    bundle_sha256: str = ""  # of its archive; empty is that of the first download
     batch_tokens: Count = 32_768  # positions that pass the model together
 
 
@@ -42,7 +43,9 @@ def main() -> None:
         settings.checkpoint, settings.source, runtime, tokenizer, settings.model_tag
     )
     model.eval()
-    bundle = Path(settings.bundle_dir) if settings.bundle_dir else get_bundle(runtime.base_dir)
+    bundle = Path(
+        settings.bundle_dir or get_bundle(runtime.base_dir, sha256=settings.bundle_sha256)
+    )
     tasks = load_tasks(bundle, settings.tasks)
     tracker = Tracker(path.parent, runtime, "base_eval", settings, header={"checkpoint": str(path)})
     rows = []

@@ -8,6 +8,6 @@
     session            settings and bookkeeping that the four training scripts share
     policy_gradient    advantages and token losses of reinforcement learning
 
-May import: common, gpt, hardware, kernels, optim, profiler, scaling,
+May import: command, common, gpt, hardware, kernels, locks, optim, profiler, scaling,
             settings, stages, text, tracking.
 """

@@ -1,7 +1,6 @@
 """Build a model, load one, and the state of a run as a checkpoint holds it."""
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from nanochat import hardware, scaling
+from nanochat.command import RunFailedError
 from nanochat.common import Runtime, print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels.registry import Choice
@@ -56,6 +56,7 @@ def load_pretrained(
             f"checkpoint {path} is of stage {meta['stage']}, not {stage}; name one below "
             f"{checkpoint_read.stage_dir(runtime.base_dir, stage)}, or its stage with --source"
         )
+    checkpoint_read.require(meta, ["model_config", "tag"], path / checkpoint_read.META_FILE)
     checkpoint_read.check_compatible(
         meta,
         meta["model_config"] | {"vocab_size": tokenizer.get_vocab_size()},
@@ -80,23 +81,14 @@ def device_peaks(runtime: Runtime) -> Peaks:
     return Peaks(known.bf16_flops if known else None, measured)
 
 
-def find_resume(
-    stage: str, tag: str, resume: bool, resume_from: str, base_dir: Path
-) -> Path | None:
-    """The checkpoint to continue: `resume_from`, or with `resume` the tag's newest, if any."""
-    if resume_from:
-        return checkpoint_read.find(resume_from, stage, base_dir, tag)
-    tag_dir = checkpoint_read.stage_dir(base_dir, stage) / tag
-    if resume and checkpoint_read.steps_of(tag_dir):
-        return checkpoint_read.find(tag_dir, stage, base_dir)
-    return None
-
-
 @dataclass
 class TrainState:
     """Everything that decides how a run continues; saved and restored as a whole.
 
-    loader_state  of the last batch trained on; None before the first.
+    loader_state      of the last batch used; None before the first.
+    saved_step, saved_at  step and folder of this run's newest checkpoint; -1 and None before it.
+    skipped           steps without an update because their loss or gradient was not finite.
+    skipped_in_a_row  up to now.
     """
 
     model: GPT
@@ -107,8 +99,11 @@ class TrainState:
     meta: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     saved_step: int = -1
+    saved_at: Path | None = None
     min_bpb: float = math.inf
     loader_state: dict[str, Any] | None = None
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError for a tag that no checkpoint can have, before anything is trained."""
@@ -119,7 +114,10 @@ class TrainState:
         return checkpoint_read.stage_dir(runtime.base_dir, self.stage) / self.tag
 
     def save(self, runtime: Runtime, keep_last: int) -> None:
-        """Write a checkpoint of this step, once. keep_last 0 or less keeps all."""
+        """Write a checkpoint of this step, once. keep_last 0 or less keeps all.
+
+        Raises  RunFailedError where weights or optimizer state are not finite: nothing is written.
+        """
         if self.saved_step == self.step:
             return
         rank_state = {
@@ -128,38 +126,68 @@ class TrainState:
             "rng": torch.get_rng_state(),
             "meter": self.meter.state(),
             "min_bpb": self.min_bpb,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
         }
         meta = self.meta | {
             "stage": self.stage,
             "model_config": asdict(self.model.config),
             "num_iterations": self.meter.num_iterations,
         }
-        checkpoint_write.save(
-            checkpoint_read.stage_dir(runtime.base_dir, self.stage),
-            self.tag,
-            self.step,
-            self.model.state_dict(),
-            rank_state,
-            meta,
-            runtime,
-            keep_last if keep_last > 0 else None,
-        )
+        try:
+            self.saved_at = checkpoint_write.save(
+                checkpoint_read.stage_dir(runtime.base_dir, self.stage),
+                self.tag,
+                self.step,
+                self.model.state_dict(),
+                rank_state,
+                meta,
+                runtime,
+                keep_last if keep_last > 0 else None,
+            )
+        except checkpoint_write.NotFiniteError as error:
+            raise RunFailedError(
+                f"{error}. {self.what_is_saved()}, with lower rates or --grad_clip=1.0"
+            ) from error
         self.saved_step = self.step
 
-    def restore(self, path: Path, runtime: Runtime) -> None:
-        """Take up the run saved at `path`.
+    def restore(self, paths: Sequence[Path], runtime: Runtime) -> None:
+        """Take up the run saved at the first of the paths whose files are whole on every rank.
 
-        Raises  ValueError naming both values if it is of another model or another world size.
+        Raises  DamagedCheckpointError if none is; ValueError naming both values if it is of another
+                model or another world size.
         """
-        meta = checkpoint_read.load_meta(path)
-        checkpoint_read.check_compatible(
-            meta,
-            asdict(self.model.config),
-            runtime.world_size,
-            self.meta.get("tokenizer_fingerprint"),
+        for path in paths:
+            problem = self._restore(path, runtime)
+            if not problem:
+                print0(f"resuming from {path}")
+                return
+            print0(f"skipping {path}: {problem}")
+        raise checkpoint_read.DamagedCheckpointError(
+            f"{paths[0]} cannot be read whole, and no older step was "
+            f"{'allowed' if len(paths) == 1 else 'whole'}: name another with --resume_from"
         )
-        self.model.load_state_dict(checkpoint_read.load_model_state(path, runtime.device))
-        state = checkpoint_read.load_rank_state(path, runtime.rank)
+
+    def _restore(self, path: Path, runtime: Runtime) -> str:
+        """Why this checkpoint cannot be taken up, on this rank or another; "" once it has been."""
+        meta = checkpoint_read.load_meta(path)
+        config = asdict(self.model.config)
+        fingerprint = self.meta.get("tokenizer_fingerprint")
+        checkpoint_read.check_compatible(meta, config, runtime.world_size, fingerprint)
+        weights: dict[str, Any] = {}
+        state: dict[str, Any] = {}
+        problem = ""
+        try:
+            weights = checkpoint_read.load_model_state(path, runtime.device)
+            state = checkpoint_read.load_rank_state(path, runtime.rank)
+        except checkpoint_read.DamagedCheckpointError as error:
+            problem = str(error)
+        damaged = runtime.all_reduce(torch.tensor(float(bool(problem)), device=runtime.device))
+        if damaged:
+            return problem or "damaged, as another rank says"
+        needed = ("optimizers", "loader", "rng", "meter", "min_bpb")
+        checkpoint_read.require(state, needed, path / f"optim_rank{runtime.rank}.pt")
+        self.model.load_state_dict(weights)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             rates = [group["initial_lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
@@ -168,18 +196,18 @@ class TrainState:
         torch.set_rng_state(state["rng"])
         self.meter.restore(state["meter"])
         self.step = self.saved_step = meta["step"]
+        self.saved_at = path
         self.min_bpb = state["min_bpb"]
+        self.skipped = state.get("skipped", 0)  # checkpoints of before skipping have none
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.loader_state = state["loader"]
-        print0(f"resuming from {path}")
+        return ""
 
-    def check_finite(self, loss: float, grad_norm: float, runtime: Runtime) -> None:
-        """Leave the program, checkpoints untouched, where a step made the weights useless."""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            sys.exit(
-                f"step {self.step}: loss {loss}, gradient norm {grad_norm}: the weights are lost. "
-                f"The last checkpoint in {self.directory(runtime)} is untouched: --resume from it "
-                "with lower rates or --grad_clip=1.0"
-            )
+    def what_is_saved(self) -> str:
+        """Where to continue after a failure, in words."""
+        if self.saved_at is None:
+            return "No checkpoint was written yet: start again"
+        return f"The checkpoint {self.saved_at} is untouched: --resume from it"
 
 
 def due(step: int, every: int) -> bool:
@@ -190,3 +218,8 @@ def due(step: int, every: int) -> bool:
 def choices_record(choices: Sequence[Choice]) -> dict[str, str]:
     """operation -> implementation, for checkpoints and records."""
     return {choice.op: choice.implementation for choice in choices}
+
+
+def reasons_record(choices: Sequence[Choice]) -> dict[str, dict[str, str]]:
+    """operation -> why its implementation runs, and why each other one does not."""
+    return {c.op: {c.implementation: c.reason, **c.refused} for c in choices}

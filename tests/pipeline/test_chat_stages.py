@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from nanochat.text.tokenizer import RustBPETokenizer
-from tests.support.runs import run_here
+from tests.support.runs import rank_of, run_here, torchrun, training_losses
 
 pytestmark = pytest.mark.long
 
@@ -42,10 +42,10 @@ class World:
 
     base_dir: Path
 
-    def start(self, script: str, *arguments: str, ranks: int = 1) -> subprocess.Popen[str]:
-        launcher = [sys.executable]
-        if ranks > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    def start(
+        self, script: str, *arguments: str, ranks: int = 1, restarts: int = 0
+    ) -> subprocess.Popen[str]:
+        launcher = torchrun(ranks, restarts) if ranks > 1 else [sys.executable]
         return subprocess.Popen(
             [*launcher, str(ROOT / "scripts" / f"{script}.py"), *COMMON, *arguments],
             env=os.environ
@@ -174,7 +174,7 @@ def test_reinforcement_records_rewards_and_resumes_bit_for_bit(rl: World) -> Non
     assert_same(rl.weights("chatrl", "d2"), rl.weights("chatrl", "again"))
 
 
-@pytest.mark.parametrize(
+EACH_STAGE = pytest.mark.parametrize(
     ("script", "stage", "flags"),
     [
         ("mid_train", "mid", (*MID, "--base_checkpoint=base_checkpoints/latest.pt")),
@@ -182,6 +182,29 @@ def test_reinforcement_records_rewards_and_resumes_bit_for_bit(rl: World) -> Non
         ("chat_rl", "chatrl", (*RL, "--sft_checkpoint=chatsft_checkpoints/d2/000006")),
     ],
 )
+
+
+@EACH_STAGE
+def test_no_stage_takes_up_what_is_not_finite(
+    sft: World, script: str, stage: str, flags: tuple[str, ...]
+) -> None:
+    """One bad micro-batch skips its step; bad ones from then on end the run."""
+    tag = ("--model_tag=nan", "--save_every=1", "--max_skipped_steps=2", "--eval_every=-1")
+    with training_losses(lambda number, loss: loss * torch.nan if number == 1 else loss):
+        output = sft.run(script, *flags, *tag, "--num_iterations=2")
+    assert "gradient norm nan: no update (1 in a row, 1 in all)" in output
+    with (
+        training_losses(lambda number, loss: loss * torch.nan),
+        pytest.raises(SystemExit, match="2 steps in a row had no finite loss"),
+    ):
+        sft.run(script, *flags, *tag, "--resume")
+    assert len(sft.records(stage, "nan", "skipped")) == 3
+    for model in (sft.base_dir / f"{stage}_checkpoints" / "nan").glob("0*/model.pt"):
+        weights = torch.load(model, weights_only=True)
+        assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+@EACH_STAGE
 def test_a_killed_stage_goes_on_bit_for_bit(
     rl: World, script: str, stage: str, flags: tuple[str, ...]
 ) -> None:
@@ -197,6 +220,40 @@ def test_a_killed_stage_goes_on_bit_for_bit(
         process.communicate()
     assert "resuming from" in rl.run(script, *again)
     assert_same(rl.weights(stage, "d2"), rl.weights(stage, "killed"))
+
+
+BASE_FLAGS = (*BASE, "--data_dir={base}/text", "--keep_last=0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("script", "stage", "flags"), [("base_train", "base", BASE_FLAGS), *EACH_STAGE.args[1]]
+)
+def test_two_ranks_of_each_stage_survive_kills_while_they_save(
+    rl: World, script: str, stage: str, flags: tuple[str, ...], rank: int
+) -> None:
+    """torchrun starts the ranks again three times; they continue by themselves, bit for bit."""
+    flags = tuple(flag.format(base=rl.base_dir) for flag in flags)
+    flags += ("--device_batch_size=1", "--num_iterations=12", "--save_every=1", "--resume")
+    rl.run(script, *flags, "--model_tag=two_whole", ranks=2)
+    tag = f"two_killed_{rank}"
+    process = rl.start(script, *flags, f"--model_tag={tag}", ranks=2, restarts=3)
+    assert process.stdout is not None
+    chooser, kills, output = random.Random(rank), 0, []
+    for line in process.stdout:
+        output.append(line)
+        # every step is saved: a moment after its line, its checkpoint is being written
+        if kills < 3 and re.match(rf"step 0*{3 * (kills + 1)}/.*loss", line):
+            time.sleep(chooser.random() * 0.05)
+            victim = rank_of(process.pid, rank)
+            assert victim is not None
+            victim.kill()
+            kills += 1
+    process.communicate(timeout=60)
+    assert process.returncode == 0, "".join(output)
+    assert kills == 3
+    assert_same(rl.weights(stage, "two_whole", 12), rl.weights(stage, tag, 12))
 
 
 def test_switches_of_reinforcement(rl: World) -> None:

@@ -7,6 +7,7 @@ error arrives as the exception it is.
 import contextlib
 import gc
 import io
+import itertools
 import json
 import os
 import random
@@ -15,18 +16,21 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from nanochat import hardware
 from nanochat.data.dataloader import CUDAPrefetcher
+from nanochat.gpt import GPT
 from nanochat.kernels.registry import REGISTRY
+from nanochat.locks import OwnedLock
 from nanochat.text.tokenizer import RustBPETokenizer
 from nanochat.tracking import Tracker
 
@@ -45,6 +49,21 @@ TINY = (
     "--eval_tokens=128",
     "--sample_every=-1",
 )
+
+
+def torchrun(ranks: int, restarts: int = 0) -> list[str]:
+    """The words that start a script on several ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+
+
+def rank_of(torchrun: int, rank: int) -> psutil.Process | None:
+    """The process of a rank that torchrun, a process id, has started; None while there is none."""
+    for child in psutil.Process(torchrun).children():
+        with contextlib.suppress(psutil.Error):
+            if child.environ().get("RANK") == str(rank):
+                return child
+    return None
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -116,9 +135,9 @@ def process_restored() -> Iterator[None]:
     """Put back what a script changes in its process; close what an error leaves open."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     selected = {op: op.selected for op in REGISTRY.values()}
-    left_open: list[Tracker | CUDAPrefetcher] = []
+    left_open: list[Tracker | CUDAPrefetcher | OwnedLock] = []
 
-    def noting(closable: type[Tracker] | type[CUDAPrefetcher]) -> Any:
+    def noting(closable: type[Tracker] | type[CUDAPrefetcher] | type[OwnedLock]) -> Any:
         build = closable.__init__
 
         def build_and_note(self: Any, *arguments: Any, **options: Any) -> None:
@@ -132,6 +151,7 @@ def process_restored() -> Iterator[None]:
         with (
             noting(Tracker),
             noting(CUDAPrefetcher),
+            noting(OwnedLock),
             # what a GEMM reaches is another test's subject, and half a second
             mock.patch.object(hardware, "measure_gemm", return_value=1e11),
             warnings.catch_warnings(),
@@ -150,6 +170,19 @@ def process_restored() -> Iterator[None]:
         random.setstate(random_state)
         gc.unfreeze()
         gc.enable()
+
+
+@contextlib.contextmanager
+def training_losses(spoil: Callable[[int, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Send the losses that are trained on through `spoil`, with the number of the forward pass."""
+    forward, passes = GPT.forward, itertools.count()
+
+    def spoiled(model: GPT, *arguments: Any, **options: Any) -> torch.Tensor:
+        loss = forward(model, *arguments, **options)
+        return spoil(next(passes), loss) if torch.is_grad_enabled() else loss
+
+    with mock.patch.object(GPT, "forward", spoiled):
+        yield
 
 
 def records(run_dir: Path, kind: str, stage: str = "base") -> list[dict]:
