@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nanochat.kernels.launch import Launch, recording
+from nanochat.profiler.activations import Bytes
 from nanochat.profiler.ranges import backward_node, watched
 
 WEIGHTS, COPIES, GRADIENTS = "weights", "weight copies", "gradients"
@@ -43,7 +44,6 @@ CATEGORIES = (WEIGHTS, COPIES, GRADIENTS, OPTIMIZER, ACTIVATIONS, WORKSPACE, TEM
 # inside an operation of ours a cast arrives as "to", elsewhere autograd has taken it apart
 CASTS = (torch.ops.aten._to_copy, torch.ops.aten.to)
 Place = tuple[str, str]  # module, operation
-Bytes = dict[str, int]
 
 
 @dataclass(frozen=True)
