@@ -7,5 +7,5 @@
     footprint    the memory of a step by arithmetic: steady, peak, and its moment
     allocator    the CUDA allocator's history, written at the end or when memory runs out
 
-May import: common, hardware, kernels, scaling.
+May import: common, kernels, scaling.
 """

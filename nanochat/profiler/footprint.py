@@ -137,9 +137,11 @@ def _forward_and_backward(s: Setup) -> Iterator[Moment]:
         to_come = s.score_numel * (FLOAT32 + rounded) + network * s.unit
         scores = 3 * FLOAT32 * s.score_numel + 6 * s.unit
         yield "attention", beside | {ACTIVATIONS: layers - to_come, TEMPORARIES: scores}
-    # the embedding's output and its gradient are float32
-    embedding = FLOAT32 * (s.head_numel + s.tokens * s.model.n_embd)
-    yield "embedding", {GRADIENTS: gradients, TEMPORARIES: embedding}
+    # the embedding's output is float32, and so is its gradient; that of the weight is dense, and
+    # added to the one there is from earlier micro-batches
+    again = s.head_numel if s.micro_batches > 1 else 0
+    dense = FLOAT32 * (again + s.tokens * s.model.n_embd)
+    yield "embedding", {GRADIENTS: gradients, TEMPORARIES: dense}
 
 
 def _loss_workspace(s: Setup) -> int:
