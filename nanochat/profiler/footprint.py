@@ -155,8 +155,8 @@ def _loss_workspace(s: Setup) -> int:
 
 
 def _reduction_and_step(s: Setup) -> Iterator[Moment]:
-    count, ranks, stacks = s.parameters, s.world_size, buckets(s.model)
-    gradients, matrices = FLOAT32 * count.total, FLOAT32 * count.matrices
+    ranks, stacks = s.world_size, buckets(s.model)
+    gradients = FLOAT32 * s.parameters.total
     # each bucket packed, and the share of it that this rank owns; one rank owns what it packed
     packed = [0 if b.single and ranks == 1 else FLOAT32 * b.numel(ranks) * ranks for b in stacks]
     owned = [size // ranks for size in packed]
@@ -174,7 +174,7 @@ def _reduction_and_step(s: Setup) -> Iterator[Moment]:
         short, long = sorted((bucket.rows, bucket.columns))
         stepping = owned[i] + numel * (4 + 4 + 2) + numel * 2 * 2 * short // long
         gathered = sum(packed[: i + 1]) if ranks > 1 else 0
-        yield "Muon", {GRADIENTS: matrices, TEMPORARIES: sum(owned[i:]) + stepping + gathered}
+        yield "Muon", {GRADIENTS: gradients, TEMPORARIES: sum(owned[i:]) + stepping + gathered}
 
 
 def footprint(s: Setup) -> Footprint:

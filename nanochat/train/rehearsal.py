@@ -2,15 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 
-from nanochat.common import Runtime
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels.registry import operations
 from nanochat.profiler.memory import MemoryReport, measure_memory
-from nanochat.train.step import train_step
 
 RATES = 0.2, 0.004, 0.02, 0.0  # of embedding, head and matrices, and the decay: nothing here learns
 
@@ -41,18 +38,25 @@ def count_memory(
     """The memory of a training step on one device, exact for what PyTorch and the kernels ask for.
 
     kernels       operation -> implementation
+    grad_clip     above 0 scales the gradients, which takes memory of its own
     architecture  of the GPU whose kernel configurations count
     """
     meta = torch.device("meta")
-    runtime = Runtime(meta, dtype, 0, 0, 1, 0, Path())
     model = GPT(config, dtype).to_empty(device=meta)
     optimizers = model.setup_optimizers(*RATES, distributed=False)
     ids = torch.empty(device_batch_size, config.sequence_len, dtype=torch.int64, device=meta)
-    batches = [(ids, ids)] * micro_batches
+    scale = torch.empty((), device=meta) if grad_clip else 1.0
+
+    def step() -> None:
+        # what train_step does, which also reads the loss: there is none to read here
+        for _ in range(micro_batches):
+            model(ids, ids, loss_reduction="sum").backward()
+        for optimizer in optimizers:
+            optimizer.reduce_gradients()
+        for optimizer in optimizers:
+            optimizer.step(grad_scale=scale)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
     with using(kernels):
-        return measure_memory(
-            model,
-            optimizers,
-            lambda: train_step(model, optimizers, batches, runtime, grad_clip),
-            architecture,
-        )
+        return measure_memory(model, optimizers, step, architecture)
