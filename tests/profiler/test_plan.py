@@ -172,3 +172,11 @@ def test_the_dual_gpu_configs_carry_their_forecasts(tmp_path: Path) -> None:
         if line != carried or "does not fit" in line:
             stale.append(f"{path.name}: {line}")
     assert not stale, "\n".join(stale)
+
+
+def test_the_page_shows_what_the_planner_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "plan.md").read_text()
+    shown = re.findall(r"^\$ (python -m scripts\.plan .*)\n(forecast: .*)$", page, flags=re.M)
+    assert len(shown) == 2
+    for command, line in shown:
+        assert line in run_here(tmp_path, command)
