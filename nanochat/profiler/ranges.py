@@ -30,6 +30,16 @@ def watched(
     The model is called "model", its modules by their names in it.
     """
 
+    # what a hook returns replaces the module's input or output: nothing must be
+    def begins(kind: str, name: str) -> Callable[..., None]:
+        def entered(*_: Any) -> None:
+            enter(kind, name)
+
+        return entered
+
+    def ends(*_: Any) -> None:
+        leave()
+
     def ranged(call: Callable[..., Any], name: str) -> Callable[..., Any]:
         def entered(*args: Any, **kwargs: Any) -> Any:
             enter("operation", name)
@@ -42,19 +52,16 @@ def watched(
 
     with contextlib.ExitStack() as stack:
         for name, module in model.named_modules():
-            begin = module.register_forward_pre_hook(
-                lambda *_, name=name or "model": enter("module", name)
-            )
+            begin = module.register_forward_pre_hook(begins("module", name or "model"))
             # also where the forward pass raises: out of memory is what one wants to know about
-            end = module.register_forward_hook(lambda *_: leave(), always_call=True)
+            end = module.register_forward_hook(ends, always_call=True)
             stack.callback(begin.remove)
             stack.callback(end.remove)
         for op in REGISTRY.values():
             stack.enter_context(op.wrapped(lambda call, name=op.name: ranged(call, name)))
         for optimizer in optimizers:
-            name = type(optimizer).__name__
-            begin = optimizer.register_step_pre_hook(lambda *_, name=name: enter("optimizer", name))
-            end = optimizer.register_step_post_hook(lambda *_: leave())
+            begin = optimizer.register_step_pre_hook(begins("optimizer", type(optimizer).__name__))
+            end = optimizer.register_step_post_hook(ends)
             stack.callback(begin.remove)
             stack.callback(end.remove)
         yield
