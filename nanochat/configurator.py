@@ -29,7 +29,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from nanochat.command import usage_error
-from nanochat.settings import near_miss, problem, rule_of
+from nanochat.settings import near_miss, number_of, problem, rule_of
 
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
 SWITCH_WORDS = {"true": True, "1": True, "false": False, "0": False}
@@ -53,7 +53,8 @@ def load(settings_class: type[SettingsT], argv: Sequence[str] | None = None) -> 
 
     Args:
         settings_class: a frozen dataclass whose fields are bool, int, float, str, Literal, or one
-            of these or None, all with defaults.
+            of these or None, all with defaults. OTHER_CONFIGS = True in its body lets a config file
+            set what another script takes: names that are no fields are passed over.
         argv: the arguments without the program's name; None takes those of this process.
 
     Raises:
@@ -68,6 +69,8 @@ def load(settings_class: type[SettingsT], argv: Sequence[str] | None = None) -> 
     for path in arguments.paths:
         resolved = find_config(path)
         for name, value in read_config(resolved).items():
+            if name not in hints and getattr(settings_class, "OTHER_CONFIGS", False):
+                continue
             if name not in hints:
                 raise ValueError(f"{resolved}: unknown setting {name!r}{near_miss(name, hints)}")
             values[name] = check_value(resolved, name, value, hints[name])
@@ -236,6 +239,7 @@ def switch(flag: str, value: str) -> bool:
 
 def convert(flag: str, text: str, hint: Any) -> Any:
     """The value a flag's text stands for; leaves with status 2 if it may not be that."""
+    given, text = text, str(number_of(text, hint))
     for option in options_of(hint):
         try:
             if option is type(None):
@@ -248,9 +252,9 @@ def convert(flag: str, text: str, hint: Any) -> Any:
             continue
         wrong = problem(value, hint)
         if wrong:
-            usage_error(f"{flag}={text} {wrong}")
+            usage_error(f"{flag}={given} {wrong}")
         return value
-    return usage_error(f"{flag}={text}: wanted {wanted(hint)}")
+    return usage_error(f"{flag}={given}: wanted {wanted(hint)}")
 
 
 def find_config(path: str | Path) -> Path:
@@ -287,6 +291,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def check_value(path: Path, name: str, value: Any, hint: Any) -> Any:
     """`value` as the field `name` takes it: ints pass for floats, nothing else is converted."""
+    value = number_of(value, hint)
     for option in options_of(hint):
         if option is float and type(value) is int:
             value = float(value)

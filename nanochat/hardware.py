@@ -2,6 +2,7 @@
 
 The table holds dense bf16 tensor-core rates with fp32 accumulation, the figure an MFU divides by.
 A rate the vendor does not publish is None: MFU is then reported against the measured ceiling only.
+Prices change by the week and differ several times over: a row has one only with source and date.
 """
 
 import platform
@@ -14,9 +15,8 @@ from statistics import median
 import psutil
 import torch
 
-SM80_SHARED_BYTES = 166_912  # 163 KiB: opt-in limit per block, CUDA C++ Programming Guide
-SM90_SHARED_BYTES = 232_448  # 227 KiB: sm_90 and sm_100, same table
-SM120_SHARED_BYTES = 101_376  # 99 KiB: sm_86, sm_89, sm_120 and sm_121, same table
+# opt-in limit of a thread block by compute capability, CUDA C++ Programming Guide: 163, 227, 99 KiB
+SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448} | dict.fromkeys((86, 89, 120, 121), 101_376)
 
 HOPPER = "NVIDIA H100 Tensor Core GPU Architecture whitepaper v1.04, table 2"
 H200 = "NVIDIA H200 Tensor Core GPU datasheet (sparse rates halved)"
@@ -28,18 +28,29 @@ ADA = "NVIDIA Ada GPU Architecture whitepaper, appendix A"
 
 @dataclass(frozen=True)
 class Hardware:
-    """The ceilings of one GPU model.
+    """What a vendor states of one GPU model, and what renting it costs where that can be cited.
 
-    name  the name the driver reports, without "NVIDIA" and "GeForce".
+    name        the name the driver reports, without "NVIDIA" and "GeForce"
+    memory_gib  as sold; the driver keeps 1 to 2 % of it
+    link        what joins the GPUs of one machine as it is usually built
+    halved      GeForce: tensor cores that sum in float32 run at half their rate, so that products
+                come closer to the stated rate than elsewhere
+    rental      dollars an hour, the lowest and the highest of `rental_source`; None: none is cited
     """
 
     name: str
     bf16_tflops: float | None  # dense, fp32 accumulation
     memory_gb_per_s: float  # 1e9 bytes per second
-    shared_memory_bytes: int  # per thread block, opted in
+    memory_gib: float
+    compute_capability: int  # 90 is sm_90
+    link: str
+    link_gb_per_s: float  # each way, 1e9 bytes per second
     source: str
     fp32_tflops: float | None = None  # outside the tensor cores
     alias: str = ""  # how people call it, where that differs from the driver's name
+    halved: bool = False
+    rental: tuple[float, float] | None = None
+    rental_source: str = ""
 
     @property
     def bf16_flops(self) -> float | None:
@@ -51,60 +62,62 @@ class Hardware:
         """Memory bandwidth in bytes/s."""
         return self.memory_gb_per_s * 1e9
 
+    @property
+    def architecture(self) -> str:
+        """What its kernels are compiled for: "sm_90"."""
+        return f"sm_{self.compute_capability}"
 
-# name, dense bf16 TFLOP/s, GB/s, shared bytes, source
+    @property
+    def shared_memory_bytes(self) -> int:
+        """Per thread block, opted in."""
+        return SHARED_BYTES[self.compute_capability]
+
+
+NVLINK4, NVLINK_BRIDGE = ("NVLink 4", 450.0), ("NVLink bridge", 300.0)
+PCIE4, PCIE5 = ("PCIe 4.0 x16", 32.0), ("PCIe 5.0 x16", 64.0)
+MARKET = "on demand at Vast.ai, usagepricing.com/blueprint/vast-ai, June 2026"
+GUIDE = "on demand, mercatus-ai.com/blog/cloud-gpu-pricing, May 2026"
+
+# name, dense bf16 TFLOP/s, memory GB/s, GiB, compute capability, link, its GB/s each way, source
 GPUS = (
-    Hardware("H100 80GB HBM3", 989.4, 3350, SM90_SHARED_BYTES, HOPPER, 66.9, alias="H100"),
-    Hardware("H100 PCIe", 756.0, 2039, SM90_SHARED_BYTES, HOPPER, 51.2),
-    Hardware("H100 NVL", 835.5, 3900, SM90_SHARED_BYTES, "NVIDIA H100 datasheet (halved)"),
-    Hardware("H200", 989.5, 4800, SM90_SHARED_BYTES, H200, 67.0),
-    Hardware("H200 NVL", 835.5, 4800, SM90_SHARED_BYTES, H200, 60.0),
-    Hardware("H20", 148.0, 4000, SM90_SHARED_BYTES, "NVIDIA H20 product brief"),
-    Hardware("B200", 2250.0, 8000, SM90_SHARED_BYTES, "NVIDIA DGX B200 datasheet (per GPU, dense)"),
-    Hardware("A100-SXM4-80GB", 312.0, 2039, SM80_SHARED_BYTES, AMPERE, 19.5, alias="A100"),
-    Hardware("A100-SXM4-40GB", 312.0, 1555, SM80_SHARED_BYTES, AMPERE, 19.5),
-    Hardware("A100 80GB PCIe", 312.0, 1935, SM80_SHARED_BYTES, AMPERE, 19.5),
-    Hardware("A100-PCIE-40GB", 312.0, 1555, SM80_SHARED_BYTES, AMPERE, 19.5),
-    Hardware("RTX 5090", 209.5, 1792, SM120_SHARED_BYTES, RTX_BLACKWELL, 104.8),
+    Hardware("H100 80GB HBM3", 989.4, 3350, 80, 90, *NVLINK4, HOPPER, 66.9, alias="H100",
+             rental=(1.99, 5.00), rental_source=GUIDE),
+    Hardware("H100 PCIe", 756.0, 2039, 80, 90, *PCIE5, HOPPER, 51.2),
+    Hardware("H100 NVL", 835.5, 3900, 94, 90, *NVLINK_BRIDGE, "NVIDIA H100 datasheet (halved)"),
+    Hardware("H200", 989.5, 4800, 141, 90, *NVLINK4, H200, 67.0,
+             rental=(2.50, 7.00), rental_source=GUIDE),
+    Hardware("H200 NVL", 835.5, 4800, 141, 90, *NVLINK4, H200, 60.0),
+    Hardware("H20", 148.0, 4000, 96, 90, *NVLINK4, "NVIDIA H20 product brief"),
+    Hardware("B200", 2250.0, 8000, 180, 100, "NVLink 5", 900.0,
+             "NVIDIA DGX B200 datasheet (per GPU, dense)"),
+    Hardware("A100-SXM4-80GB", 312.0, 2039, 80, 80, "NVLink 3", 300.0, AMPERE, 19.5, alias="A100",
+             rental=(0.80, 3.00), rental_source=GUIDE),
+    Hardware("A100-SXM4-40GB", 312.0, 1555, 40, 80, "NVLink 3", 300.0, AMPERE, 19.5),
+    Hardware("A100 80GB PCIe", 312.0, 1935, 80, 80, *PCIE4, AMPERE, 19.5),
+    Hardware("A100-PCIE-40GB", 312.0, 1555, 40, 80, *PCIE4, AMPERE, 19.5),
+    Hardware("RTX 5090", 209.5, 1792, 32, 120, *PCIE5, RTX_BLACKWELL, 104.8, halved=True,
+             rental=(0.865, 1.141), rental_source=MARKET),
     # sold with less tensor throughput than the 5090; only its low-precision "AI TOPS" are published
-    Hardware("RTX 5090 D", None, 1792, SM120_SHARED_BYTES, "NVIDIA GeForce RTX 5090 D page"),
-    Hardware("RTX 5080", 112.6, 960, SM120_SHARED_BYTES, RTX_BLACKWELL, 56.3),
-    Hardware(
-        "RTX PRO 6000 Blackwell Workstation Edition",
-        503.8,
-        1792,
-        SM120_SHARED_BYTES,
-        RTX_PRO,
-        alias="RTX PRO 6000",
-    ),
-    Hardware(
-        "RTX PRO 6000 Blackwell Max-Q Workstation Edition",
-        438.9,
-        1792,
-        SM120_SHARED_BYTES,
-        RTX_PRO,
-        alias="RTX PRO 6000 Max-Q",
-    ),
-    Hardware("GB10", None, 273, SM120_SHARED_BYTES, "NVIDIA DGX Spark datasheet"),
-    Hardware("RTX 4090", 165.2, 1008, SM120_SHARED_BYTES, ADA, 82.6),
-    Hardware(
-        "RTX 6000 Ada Generation",
-        364.2,
-        960,
-        SM120_SHARED_BYTES,
-        "NVIDIA RTX 6000 Ada Generation datasheet (sparse fp8 rate / 4)",
-        91.1,
-        alias="RTX 6000 Ada",
-    ),
-    Hardware("L40S", 362.0, 864, SM120_SHARED_BYTES, "NVIDIA L40S datasheet", 91.6),
-    Hardware("L4", 121.0, 300, SM120_SHARED_BYTES, "NVIDIA L4 datasheet (halved)", 30.3),
-    Hardware(
-        "RTX 3090", 71.0, 936, SM120_SHARED_BYTES, "NVIDIA Ampere GA102 whitepaper", 35.6
-    ),
-    Hardware(
-        "RTX A6000", 154.8, 768, SM120_SHARED_BYTES, "NVIDIA Ampere GA102 whitepaper", 38.7,
-        alias="A6000",
-    ),
+    Hardware("RTX 5090 D", None, 1792, 32, 120, *PCIE5, "NVIDIA GeForce RTX 5090 D page",
+             halved=True),
+    Hardware("RTX 5080", 112.6, 960, 16, 120, *PCIE5, RTX_BLACKWELL, 56.3, halved=True),
+    Hardware("RTX PRO 6000 Blackwell Workstation Edition", 503.8, 1792, 96, 120, *PCIE5, RTX_PRO,
+             alias="RTX PRO 6000"),
+    Hardware("RTX PRO 6000 Blackwell Max-Q Workstation Edition", 438.9, 1792, 96, 120, *PCIE5,
+             RTX_PRO, alias="RTX PRO 6000 Max-Q"),
+    # 128 GB that the processor uses as well
+    Hardware("GB10", None, 273, 128, 121, "ConnectX-7", 25.0, "NVIDIA DGX Spark datasheet"),
+    Hardware("RTX 4090", 165.2, 1008, 24, 89, *PCIE4, ADA, 82.6, halved=True,
+             rental=(0.682, 0.875), rental_source=MARKET),
+    Hardware("RTX 6000 Ada Generation", 364.2, 960, 48, 89, *PCIE4,
+             "NVIDIA RTX 6000 Ada Generation datasheet (sparse fp8 rate / 4)", 91.1,
+             alias="RTX 6000 Ada"),
+    Hardware("L40S", 362.0, 864, 48, 89, *PCIE4, "NVIDIA L40S datasheet", 91.6),
+    Hardware("L4", 121.0, 300, 24, 89, *PCIE4, "NVIDIA L4 datasheet (halved)", 30.3),
+    Hardware("RTX 3090", 71.0, 936, 24, 86, *PCIE4, "NVIDIA Ampere GA102 whitepaper", 35.6,
+             halved=True),
+    Hardware("RTX A6000", 154.8, 768, 48, 86, *PCIE4, "NVIDIA Ampere GA102 whitepaper", 38.7,
+             alias="A6000"),
 )  # fmt: skip
 
 

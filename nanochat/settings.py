@@ -23,12 +23,14 @@ class Range:
     low, high  the smallest and the largest one
     above      low itself is not allowed
     also       one value outside the range that has a meaning of its own, such as -1 for "all"
+    word       how that value is written, such as "auto"
     """
 
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
     also: int | None = None
+    word: str = ""
 
     def allows(self, value: Any) -> bool:
         """Whether the number is allowed."""
@@ -48,7 +50,7 @@ class Range:
             words = f"above {self.low} and at most {self.high}"
         else:
             words = f"from {self.low} to {self.high}"
-        return words if self.also is None else f"{words}, or {self.also}"
+        return words if self.also is None else f"{words}, or {self.word or self.also}"
 
     def hint(self, value: Any) -> str:
         """Nothing is near a number."""
@@ -96,6 +98,8 @@ class Choices:
 Rule = Range | Choices
 
 Count = Annotated[int, Range(1)]
+AUTO = -1
+CountOrAuto = Annotated[int, Range(1, also=AUTO, word="auto")]
 CountOrZero = Annotated[int, Range(0)]
 CountOrMinusOne = Annotated[int, Range(1, also=-1)]
 Positive = Annotated[float, Range(0, above=True)]
@@ -132,6 +136,14 @@ def problem(value: Any, hint: Any) -> str:
         return ""
     finite = not isinstance(value, float) or math.isfinite(value) or rule.allowed == "finite"
     return f"must be {'' if finite else 'finite and '}{rule.allowed}{rule.hint(value)}"
+
+
+def number_of(value: Any, hint: Any) -> Any:
+    """The number that a word of a Range stands for; any other value as it is."""
+    rule = rule_of(hint)
+    if isinstance(rule, Range) and rule.word and value == rule.word:
+        return rule.also
+    return value
 
 
 def without_rule(settings_class: type) -> list[str]:

@@ -29,7 +29,7 @@ from nanochat.settings import (
 )
 from nanochat.text.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.text.tokenizer_base import Tokenizer
-from nanochat.train import precision, run
+from nanochat.train import auto_batch, precision, run
 from nanochat.train.run import due
 from nanochat.train.session import Session, TrainingSettings, compiled, first_batches, launch
 from nanochat.train.step import train_step
@@ -100,9 +100,9 @@ def main() -> None:
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
     token_bytes = get_token_bytes(runtime.device, settings.tokenizer_dir or None)
     core_tasks = load_core_tasks(settings, runtime)
-    accumulation = scaling.accumulation_steps(
+    scaling.accumulation_steps(
         settings.total_batch_size,
-        settings.device_batch_size,
+        max(1, settings.device_batch_size),
         settings.max_seq_len,
         runtime.world_size,
     )
@@ -127,11 +127,15 @@ def main() -> None:
     state, meter = session.state, session.meter
     meter.emulated = numerics.emulated
     trained = compiled(model, settings.compile)
+    settings, accumulation = auto_batch.resolved(
+        settings, settings.total_batch_size, model, trained, runtime, kernels
+    )
     session.log_plan(
         depth=settings.depth,
         num_params=model.num_parameters().total,
         num_iterations=session.num_iterations,
         total_batch_size=settings.total_batch_size,
+        device_batch_size=settings.device_batch_size,
         accumulation_steps=accumulation,
         world_size=runtime.world_size,
         flops_per_token_causal=meter.flops_causal,

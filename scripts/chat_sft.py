@@ -16,10 +16,17 @@ from nanochat.eval.loss import evaluate_loss
 from nanochat.eval.tasks import evaluate_categorical
 from nanochat.gpt import GPT
 from nanochat.optim import schedule
-from nanochat.settings import Choices, Count, CountOrMinusOne, CountOrZero, NonNegative
+from nanochat.settings import (
+    Choices,
+    Count,
+    CountOrAuto,
+    CountOrMinusOne,
+    CountOrZero,
+    NonNegative,
+)
 from nanochat.text.tokenizer import get_tokenizer
 from nanochat.text.tokenizer_base import Tokenizer
-from nanochat.train import run
+from nanochat.train import auto_batch, run
 from nanochat.train.run import due
 from nanochat.train.session import Session, TrainingSettings, compiled, first_batches, launch
 from nanochat.train.step import train_step
@@ -40,7 +47,7 @@ class Settings(TrainingSettings):
     task_data: str = ""  # folder of local task files instead of the Hugging Face Hub
     num_iterations: CountOrMinusOne = -1  # optimizer steps; -1 derives them from the next one
     num_epochs: Count = 1  # passes over the mixture
-    device_batch_size: Count = 4  # rows a device holds at once; lower it when out of memory
+    device_batch_size: CountOrAuto = 4  # rows a device holds at once; auto: those that fit
     target_examples_per_step: Count = 32  # rows of one optimizer step over all devices
     packing: Annotated[str, Choices(PACKINGS)] = "padded"  # a conversation a row, or those that fit
     init_lr_frac: NonNegative = 0.02  # share of the rates to start from
@@ -67,8 +74,8 @@ def main() -> None:
     if settings.mixture == "full" and settings.eval_metrics_max_problems > 0:
         tests = {name: get_evaluated_task(name, settings.task_data) for name in sft_test_names()}
     sequence_len = model.config.sequence_len
-    accumulation = scaling.accumulation_steps(
-        settings.target_examples_per_step, settings.device_batch_size, 1, runtime.world_size
+    scaling.accumulation_steps(
+        settings.target_examples_per_step, max(1, settings.device_batch_size), 1, runtime.world_size
     )
     num_iterations = settings.num_iterations
     if num_iterations == -1:
@@ -89,6 +96,9 @@ def main() -> None:
     )
     state = session.state
     trained = compiled(model, settings.compile)
+    settings, accumulation = auto_batch.resolved(
+        settings, settings.target_examples_per_step * sequence_len, model, trained, runtime, kernels
+    )
     session.log_plan(
         num_iterations=num_iterations,
         num_conversations=len(train_data),

@@ -16,7 +16,7 @@ from nanochat.eval.loss import evaluate_bpb
 from nanochat.optim import schedule
 from nanochat.settings import Choices, Count, CountOrMinusOne, NonNegative, Share
 from nanochat.text.tokenizer import get_token_bytes, get_tokenizer
-from nanochat.train import run
+from nanochat.train import auto_batch, run
 from nanochat.train.run import due
 from nanochat.train.session import Session, TrainingSettings, compiled, first_batches, launch
 from nanochat.train.step import train_step
@@ -58,8 +58,8 @@ def main() -> None:
     tokens_per_step = settings.total_batch_size
     if settings.target_examples_per_step != -1:
         tokens_per_step = settings.target_examples_per_step * sequence_len
-    accumulation = scaling.accumulation_steps(
-        tokens_per_step, settings.device_batch_size, sequence_len, runtime.world_size
+    scaling.accumulation_steps(
+        tokens_per_step, max(1, settings.device_batch_size), sequence_len, runtime.world_size
     )
     num_iterations = settings.num_iterations
     if num_iterations == -1:
@@ -79,6 +79,9 @@ def main() -> None:
     )
     state = session.state
     trained = compiled(model, settings.compile)
+    settings, accumulation = auto_batch.resolved(
+        settings, tokens_per_step, model, trained, runtime, kernels
+    )
     session.log_plan(
         num_iterations=num_iterations,
         num_conversations=len(train_data),

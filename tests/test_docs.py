@@ -120,7 +120,8 @@ def settings_problem(module: str, arguments: list[str]) -> str:
             loaded = configurator.load(settings, arguments)
             if module == "scripts.base_train":
                 for processes in (1, 2) if any("dual_gpu" in word for word in arguments) else (1,):
-                    sizes = loaded.total_batch_size, loaded.device_batch_size, loaded.max_seq_len
+                    batch = max(1, loaded.device_batch_size)  # auto is chosen when it runs
+                    sizes = loaded.total_batch_size, batch, loaded.max_seq_len
                     scaling.accumulation_steps(*sizes, processes)
     except (SystemExit, ValueError, OSError) as error:
         return f"{error} {said.getvalue()}"

@@ -1,5 +1,7 @@
 """The GPU table, MFU, and measured ceilings."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -55,7 +57,17 @@ def test_every_row_is_complete_and_unambiguous():
         # a tensor core does at least twice the rate of the ordinary units
         if gpu.bf16_tflops and gpu.fp32_tflops:
             assert gpu.bf16_tflops / gpu.fp32_tflops > 1.9
+        assert gpu.architecture == f"sm_{gpu.compute_capability}"
+        assert 8 <= gpu.memory_gib <= 192
+        # a link is slower than the memory, and PCIe slower than NVLink
+        assert 25 <= gpu.link_gb_per_s < gpu.memory_gb_per_s
+        assert ("NVLink" in gpu.link) == (gpu.link_gb_per_s > 64)
+        assert gpu.halved == gpu.name.startswith(("RTX 30", "RTX 40", "RTX 50"))
+        assert gpu.rental is None or 0 < gpu.rental[0] <= gpu.rental[1]
+        # no price without a source that says when
+        assert bool(gpu.rental) == bool(re.search(r", \w+ 20\d\d$", gpu.rental_source))
     assert hardware.lookup("H200").memory_bytes_per_s == 4.8e12
+    assert hardware.lookup("H200").shared_memory_bytes == 232_448
     assert hardware.lookup("H200").bf16_flops == 989.5e12
     assert hardware.lookup("GB10").bf16_flops is None
 

@@ -1,6 +1,10 @@
-"""Depth 12 on two 24 GB cards (RTX 3090, RTX 4090). The batch size is an estimate, not measured.
+"""Depth 12 on two 24 GB cards (RTX 3090, RTX 4090).
 
 torchrun --nproc_per_node=2 scripts/base_train.py configs/dual_gpu/d12_24gb.py
+
+Not measured:
+python -m scripts.plan configs/dual_gpu/d12_24gb.py --gpu="RTX 4090" --num_gpus=2
+forecast: batch 16, 10.9 of 22.5 GiB, 203,643 to 255,273 tokens/s, 4.04 to 5.06 hours
 """
 
 run = "dual_gpu_d12_24gb"

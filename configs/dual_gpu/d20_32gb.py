@@ -1,6 +1,10 @@
-"""Depth 20 on two 32 GB cards (RTX 5090). The batch size is an estimate, not measured.
+"""Depth 20 on two 32 GB cards (RTX 5090).
 
 torchrun --nproc_per_node=2 scripts/base_train.py configs/dual_gpu/d20_32gb.py
+
+Not measured:
+python -m scripts.plan configs/dual_gpu/d20_32gb.py --gpu="RTX 5090" --num_gpus=2
+forecast: batch 8, 18.3 of 30.4 GiB, 85,559 to 105,817 tokens/s, 29.5 to 36.4 hours
 """
 
 run = "dual_gpu_d20_32gb"

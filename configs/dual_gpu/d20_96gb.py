@@ -1,6 +1,10 @@
-"""Depth 20 on two 96 GB cards (RTX PRO 6000). The batch size is an estimate, not measured.
+"""Depth 20 on two 96 GB cards (RTX PRO 6000).
 
 torchrun --nproc_per_node=2 scripts/base_train.py configs/dual_gpu/d20_96gb.py
+
+Not measured:
+python -m scripts.plan configs/dual_gpu/d20_96gb.py --gpu="RTX PRO 6000" --num_gpus=2
+forecast: batch 32, 51.7 of 93.1 GiB, 139,476 to 192,570 tokens/s, 16.2 to 22.3 hours
 """
 
 run = "dual_gpu_d20_96gb"

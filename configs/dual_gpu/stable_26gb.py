@@ -1,6 +1,11 @@
 """Depth 14 on two GPUs of which about 26 GB are free: a long context at a safe batch size.
 
 torchrun --nproc_per_node=2 scripts/base_train.py configs/dual_gpu/stable_26gb.py
+
+Not measured:
+python -m scripts.plan configs/dual_gpu/stable_26gb.py --gpu="RTX 5090" --num_gpus=2 \
+    --gpu_memory_gib=26
+forecast: batch 18, 21.2 of 24.5 GiB, 171,240 to 225,200 tokens/s, 6.22 to 8.19 hours
 """
 
 run = "dual_gpu_stable_26gb"

@@ -13,11 +13,12 @@ fallback at call time: what was selected is what runs. On a GPU every implementa
 tiny example first; version numbers decide nothing.
 """
 
+import contextlib
 import difflib
 import importlib
 import pkgutil
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,6 +150,18 @@ class Op:
         self.selected = name
         self._call = self.implementations[name].call
 
+    @contextlib.contextmanager
+    def wrapped(
+        self, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> Iterator[None]:
+        """Within the block, calls go to `wrapper` of the implementation: for profilers."""
+        call = self._call
+        self._call = wrapper(call)
+        try:
+            yield
+        finally:
+            self._call = call
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
 
@@ -162,15 +175,26 @@ def select(spec: str, device: torch.device, dtype: torch.dtype) -> list[Choice]:
     Raises  ValueError for an unknown operation or implementation, or one that cannot run here.
     """
     # all choices first, so that an impossible one leaves everything as it was
+    choices = choose(spec, device, dtype)
+    for choice in choices:
+        REGISTRY[choice.op].use(choice.implementation)
+    return choices
+
+
+def choose(
+    spec: str, device: torch.device, dtype: torch.dtype, launching: bool = True
+) -> list[Choice]:
+    """What `select` would choose; nothing is changed.
+
+    launching  False foresees the choice for a GPU that is not here, within `launch.recording` of
+               its architecture: implementations are not tried on an example.
+    """
     ops = operations()
     default, named = _parse(spec)
-    choices = [
-        _choose(op, named.get(op.name, default), op.name in named, device, dtype)
+    return [
+        _choose(op, named.get(op.name, default), op.name in named, device, dtype, launching)
         for op in ops.values()
     ]
-    for choice in choices:
-        ops[choice.op].use(choice.implementation)
-    return choices
 
 
 def format_choices(choices: list[Choice], verbose: bool = False) -> str:
@@ -234,17 +258,29 @@ def probe(op: Op, implementation: Implementation, device: torch.device, dtype: t
 
 
 def _refusal(
-    op: Op, implementation: Implementation, device: torch.device, dtype: torch.dtype
+    op: Op,
+    implementation: Implementation,
+    device: torch.device,
+    dtype: torch.dtype,
+    launching: bool,
 ) -> str:
     reason = implementation.needs(device, dtype)
-    if reason or implementation.name == "reference" or device.type != "cuda":
+    on_gpu = device.type == "cuda" and launching
+    if reason or implementation.name == "reference" or not on_gpu:
         return reason
     return probe(op, implementation, device, dtype)
 
 
-def _choose(op: Op, wanted: str, named: bool, device: torch.device, dtype: torch.dtype) -> Choice:
+def _choose(
+    op: Op,
+    wanted: str,
+    named: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    launching: bool,
+) -> Choice:
     if wanted != "auto" and wanted in op.implementations:
-        reason = _refusal(op, op.implementations[wanted], device, dtype)
+        reason = _refusal(op, op.implementations[wanted], device, dtype, launching)
         if reason:
             raise ValueError(
                 f"--kernels: {op.name}={wanted} cannot run on {device.type} in {dtype}: {reason}; "
@@ -255,7 +291,7 @@ def _choose(op: Op, wanted: str, named: bool, device: torch.device, dtype: torch
     refused = {}
     for implementation in reversed(op.implementations.values()):
         reason = implementation.needs(device, dtype) or implementation.auto(device, dtype)
-        reason = reason or _refusal(op, implementation, device, dtype)
+        reason = reason or _refusal(op, implementation, device, dtype, launching)
         if not reason:
             why = "auto" if wanted == "auto" else f"auto: no implementation named {wanted!r}"
             return Choice(op.name, implementation.name, why, refused)

@@ -6,6 +6,8 @@
     checkpoint_write   a checkpoint appears whole, by one rename, or not at all
     run                build or load a model; the state of a run, saved and restored
     session            settings and bookkeeping that the four training scripts share
+    auto_batch         --device_batch_size=auto: foreseen, then tried
+    rehearsal          a step on the meta device: what it would allocate
     policy_gradient    advantages and token losses of reinforcement learning
 
 May import: command, common, gpt, hardware, kernels, locks, optim, profiler, scaling,

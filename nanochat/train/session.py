@@ -41,6 +41,7 @@ from nanochat.profiler.throughput import Meter, console_line, peak_memory_gib
 from nanochat.settings import (
     Choices,
     Count,
+    CountOrAuto,
     CountOrMinusOne,
     Device,
     NonNegative,
@@ -63,7 +64,7 @@ class TrainingSettings:
     tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
     device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
     num_iterations: CountOrMinusOne = -1  # optimizer steps; -1 derives them
-    device_batch_size: Count = 32  # sequences a device holds at once; lower it when out of memory
+    device_batch_size: CountOrAuto = 32  # sequences a device holds at once; auto: those that fit
     embedding_lr: NonNegative = 0.2  # AdamW rate of the embedding at width 768
     unembedding_lr: NonNegative = 0.004  # AdamW rate of the head at width 768
     matrix_lr: NonNegative = 0.02  # Muon rate of the matrices
