@@ -4,7 +4,7 @@ torchrun --nproc_per_node=2 scripts/base_train.py configs/dual_gpu/d20_96gb.py
 
 Not measured:
 python -m scripts.plan configs/dual_gpu/d20_96gb.py --gpu="RTX PRO 6000" --num_gpus=2
-forecast: batch 32, 51.7 of 93.1 GiB, 139,476 to 192,570 tokens/s, 16.2 to 22.3 hours
+forecast: batch 32, 52.1 of 93.1 GiB, 140,959 to 194,878 tokens/s, 16 to 22.1 hours
 """
 
 run = "dual_gpu_d20_96gb"
