@@ -149,7 +149,7 @@ def _loss_workspace(s: Setup) -> int:
     again = s.kernels["linear_cross_entropy"] == "triton_min_memory"
     dtype = torch.float32 if s.itemsize == FLOAT32 else torch.bfloat16
     with recording(s.architecture):
-        like = torch.empty(1, s.model.n_embd, dtype=dtype, device="meta")
+        like = torch.empty(s.tokens, s.model.n_embd, dtype=dtype, device="meta")
         rows = min(chunk_rows(like, again), s.tokens)
     return extra_bytes(s.tokens, s.model.n_embd, s.vocab, rows, s.itemsize, again)
 
