@@ -1,9 +1,7 @@
 """A run foreseen, the script that prints it, and the configs that carry its forecasts."""
 
-import ast
 import json
 import re
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dev import forecasts
 from nanochat import hardware
 from nanochat.kernels.registry import REGISTRY, operations
 from nanochat.profiler.activations import Setup
@@ -160,23 +159,22 @@ def test_mistakes(tmp_path: Path, arguments: str, part: str) -> None:
     assert part in str(leaving.value)
 
 
-def test_the_dual_gpu_configs_carry_their_forecasts(tmp_path: Path) -> None:
-    paths = [*sorted(ROOT.glob("configs/dual_gpu/*.py")), ROOT / "config_dual_gpu.py"]
+def test_carried_forecasts_are_the_planners() -> None:
+    """In docs/plan.md and in every config for two GPUs, each for that very config."""
     stale = []
-    for path in paths:
-        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
-        command, carried = doc.partition("Not measured:\n")[2].splitlines()
-        assert shlex.split(command)[3] == path.relative_to(ROOT).as_posix()
-        said = run_here(tmp_path, command)
-        (line,) = re.findall(r"^forecast: .*$", said, flags=re.M)
-        if line != carried or "does not fit" in line:
-            stale.append(f"{path.name}: {line}")
-    assert not stale, "\n".join(stale)
+    for path in forecasts.carriers():
+        text, name = path.read_text(), path.relative_to(ROOT).as_posix()
+        found = forecasts.CARRIED.findall(text)
+        assert found, f"{name} carries no forecast"
+        assert path.suffix == ".md" or f"scripts.plan {name} " in found[0]
+        if text != forecasts.renewed(text):
+            stale.append(name)
+    assert not stale, f"run python -m dev.forecasts --write: {stale}"
+    assert len(forecasts.carriers()) >= 6
 
 
-def test_the_page_shows_what_the_planner_says(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "plan.md").read_text()
-    shown = re.findall(r"^\$ (python -m scripts\.plan .*)\n(forecast: .*)$", page, flags=re.M)
-    assert len(shown) == 2
-    for command, line in shown:
-        assert line in run_here(tmp_path, command)
+def test_a_wrong_forecast_is_renewed() -> None:
+    command = "$ python -m scripts.plan --depth=12 \\\n    --gpu=H100"
+    renewed = forecasts.renewed(f"{command}\nforecast: none\nmore")
+    assert renewed.startswith(f"{command}\nforecast: batch ")
+    assert renewed.endswith(" hours\nmore")
