@@ -17,7 +17,8 @@ from torch import Tensor
 
 from nanochat.gpt import GPT, GPTConfig, KVCache
 from nanochat.infer.engine import Engine
-from nanochat.serve.server import Defaults, create_app
+from nanochat.serve.config import ServerConfig
+from nanochat.serve.server import create_app
 from nanochat.text.tokenizer import RustBPETokenizer
 
 playwright = pytest.importorskip(
@@ -65,7 +66,7 @@ def model(tokenizer: RustBPETokenizer) -> Scripted:
 
 @pytest.fixture(scope="module")
 def address(tokenizer: RustBPETokenizer, model: Scripted) -> Iterator[str]:
-    app = create_app(Engine(model, tokenizer, num_slots=1), Defaults(max_tokens=100))
+    app = create_app(Engine(model, tokenizer, num_slots=1), ServerConfig(max_tokens=100))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
