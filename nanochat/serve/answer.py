@@ -125,8 +125,8 @@ class Piece(NamedTuple):
 class AnswerPieces:
     """Tokens in, pieces out.
 
-    raw  a document that goes on, not a message: every token belongs to the text, the special one
-         that ends it too, and none of them calls the tool.
+    raw  a document that goes on, not a message: nothing in it calls the tool, and every token is
+         reported, also the one that stops it.
     """
 
     def __init__(
@@ -148,10 +148,13 @@ class AnswerPieces:
 
         finish_reason  of the token's event; a stop string makes it "stop".
         """
+        if finish_reason == "stop":  # the token that stops an answer is not part of it
+            if self._raw:
+                self._pending.append((PlacedToken(scored, self._received), self._received))
+            return self._finish(finish_reason)
         kind, text = self._reader.add(scored.token)
         special = self._bytes[scored.token] is None
-        kind = "text" if self._raw else kind
-        if kind != "text":
+        if kind != "text" and not self._raw:
             found = [Piece(kind, text)] if text else []
             return found + self._finish(finish_reason) if finish_reason else found
         if self._raw or not special:

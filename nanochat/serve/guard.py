@@ -95,10 +95,11 @@ class Guard:
         if not key or (scope["type"] == "http" and scope["path"] in WITHOUT_KEY):
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
+        presented = given.strip().encode("latin-1")  # as it came, whatever it means
         if scope["type"] == "websocket" and not given:  # a browser cannot send the header there
-            given = parse_qs(scope["query_string"].decode("latin-1")).get("api_key", [""])[0]
-            scheme = "bearer"
-        right = secrets.compare_digest(given.strip().encode(), key.encode())
+            query = parse_qs(scope["query_string"].decode("latin-1"))
+            scheme, presented = "bearer", query.get("api_key", [""])[0].encode()
+        right = secrets.compare_digest(presented, key.encode())
         if scheme.lower() != "bearer" or not right:
             message = "give the server's key: Authorization: Bearer KEY"
             raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
