@@ -5,6 +5,7 @@ and an engine of its own on a GPU of its own; whichever is free accepts a connec
 that started them only watches: one that dies is started again, and the others go on.
 """
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -51,13 +52,16 @@ def listen(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in KEEP_ALIVE.items():
-            if hasattr(socket, name):  # not on every system
-                listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        listening.bind(address)
-        listening.listen(2048)
+        with contextlib.ExitStack() as undo:
+            undo.callback(listening.close)
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in KEEP_ALIVE.items():
+                if hasattr(socket, name):  # not on every system
+                    listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            listening.bind(address)
+            listening.listen(2048)
+            undo.pop_all()
     except OSError as error:
         raise ValueError(
             f"cannot listen on {host}:{port} ({error.strerror}); choose another --port or --host"

@@ -19,9 +19,9 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from nanochat.infer.engine import Engine
 from nanochat.serve import streams
 from nanochat.serve.config import ServerConfig
-from tests.support.servers import idle, serving, tiny_engine
+from tests.support.servers import idle, serving, slowed, tiny_engine
 
-STEP = 0.01  # seconds of the engine at least: there is time to leave
+STEP = 0.01  # seconds of the engine for a token
 CONFIG = ServerConfig(
     max_tokens=200,
     max_queue=3,
@@ -42,23 +42,9 @@ ROUTES = [
 Address = tuple[str, int]
 
 
-def endless(engine: Engine) -> Engine:
-    """No answer ends by itself before its length."""
-    engine.stop_tokens = ()
-    return engine
-
-
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    engine = endless(tiny_engine())
-    real = engine.step
-
-    def slow() -> bool:
-        time.sleep(STEP)
-        return real()
-
-    engine.step = slow  # type: ignore[method-assign]
-    return engine
+    return slowed(tiny_engine(), STEP)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
 """A tiny chat model behind a real server on loopback."""
 
 import contextlib
+import os
 import threading
+import time
 from collections.abc import Iterator
 
 import torch
@@ -34,10 +36,24 @@ def tiny_engine(num_slots: int = 2) -> Engine:
     return Engine(model, tokenizer, num_slots)
 
 
+def slowed(engine: Engine, seconds: float) -> Engine:
+    """No answer ends before its length, and each token takes so long: there is time to leave."""
+    engine.stop_tokens = ()
+    real = engine.step
+
+    def step() -> bool:
+        time.sleep(seconds)
+        return real()
+
+    engine.step = step  # type: ignore[method-assign]
+    return engine
+
+
 def tiny_app(index: int) -> FastAPI:
     """As workers.py builds one in each process."""
     torch.set_num_threads(1)
-    return create_app(tiny_engine(), ServerConfig(max_tokens=12, about={"worker": index}))
+    about = {"worker": index, "pid": os.getpid()}
+    return create_app(slowed(tiny_engine(), 0.005), ServerConfig(about=about))
 
 
 @contextlib.contextmanager
