@@ -19,7 +19,7 @@ from fastapi.responses import HTMLResponse
 from pydantic import ValidationError
 
 from nanochat.infer.requests import Request
-from nanochat.serve.errors import ApiError, invalid
+from nanochat.serve.errors import REFUSALS, ApiError, invalid
 from nanochat.serve.generation import Generation, Generations
 from nanochat.serve.openai_api import prompt_of
 from nanochat.serve.openai_shapes import event
@@ -40,7 +40,7 @@ class ChatApi:
 
     def router(self) -> APIRouter:
         """All routes."""
-        router = APIRouter()
+        router = APIRouter(responses=REFUSALS)
         router.get("/", response_class=HTMLResponse)(self.page)
         router.get("/ui.html", response_class=HTMLResponse)(self.page)
         router.post("/chat")(self.whole)

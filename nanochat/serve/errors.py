@@ -12,6 +12,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 PLAIN_ROUTES = ("/chat", "/chat/completions")
+# for the description of the API
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "the request is refused: the message says why"},
+    "5XX": {"description": "the answer failed, or took too long"},
+}
 
 
 class ApiError(fastapi.HTTPException):

@@ -17,7 +17,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from nanochat.infer.requests import Request
-from nanochat.serve.errors import ApiError
+from nanochat.serve.errors import REFUSALS, ApiError
 from nanochat.serve.generation import Generation, Generations
 from nanochat.serve.openai_shapes import ChatShape, CompletionShape, Shape, TokenNames, event
 from nanochat.serve.prompt import fit_prompt, special_tokens_parsed
@@ -67,7 +67,7 @@ class OpenAIApi:
 
     def router(self) -> APIRouter:
         """All routes."""
-        router = APIRouter()
+        router = APIRouter(responses=REFUSALS)
         router.get("/v1/models")(self.models)
         router.get("/v1/models/{name}")(self.model)
         router.post("/v1/chat/completions")(self.chat)
