@@ -132,6 +132,19 @@ class TestLeaving:
         for client in answered:
             client.close()
 
+    def test_nor_a_websocket_that_leaves_while_it_waits(
+        self, engine: Engine, address: Address, ws: str
+    ) -> None:
+        answered = [dial(address, request_bytes("/chat", LONG)) for _ in range(2)]
+        until(lambda: engine.num_active == 2)
+        with websockets.sync.client.connect(ws) as client:
+            client.send(json.dumps(LONG))
+            until(lambda: engine.num_waiting == 1)
+        until(lambda: engine.num_waiting == 0)
+        assert engine.num_active == 2
+        for client in answered:
+            client.close()
+
     def test_nor_a_websocket_that_closes_or_breaks(self, engine: Engine, ws: str) -> None:
         for graceful in (True, False):
             clients = [websockets.sync.client.connect(ws) for _ in range(2)]
@@ -199,8 +212,10 @@ class TestLimits:
         late = answer_to(address, whole[:-5], b" ")  # a body that does not end
         assert late.startswith("HTTP/1.1 408")
         # a second request on the same connection that does not end either
-        second = answer_to(address, b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", whole[:30])
-        assert second.count("HTTP/1.1 200") == 1
+        with dial(address, b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n") as client:
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+            client.sendall(whole[:30])
+            assert client.recv(65536) == b""
 
     def test_an_answer_that_takes_too_long(self, engine: Engine) -> None:
         with serving(engine, replace(CONFIG, request_timeout=0.2)) as (host, port):
