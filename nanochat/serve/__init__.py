@@ -3,6 +3,7 @@
     chat_model     settings of a chat script -> device, tokenizer, model, engine
     prompt         a conversation that fits the context; tokens -> text as they arrive
     answer         generated tokens sorted into text and tool calls, up to a stop string
+    terminal       a chat in the terminal: its conversation and its commands
     config         what whoever runs a server decides: defaults, limits, who may come in
     errors         refusals and failures as clients get them
     schema         what clients may send
@@ -17,5 +18,5 @@
     server         the application: all of it around one engine
     workers        one process or several behind one port
 
-May import: command, common, gpt, infer, kernels, stages, text, train.
+May import: command, common, gpt, infer, kernels, settings, stages, text, train.
 """

@@ -15,7 +15,6 @@ from nanochat.serve.answer import AnswerReader
 from nanochat.serve.config import ServerConfig
 from nanochat.serve.server import create_app
 from nanochat.text.tokenizer_base import Tokenizer
-from scripts import chat_cli
 from tests.support.servers import tiny_engine
 
 
@@ -295,32 +294,3 @@ def test_answers_are_sorted_into_parts(tokenizer: Tokenizer) -> None:
     for token in tokenizer.encode("two"):
         plain.add(token)
     assert plain.content == "two"
-
-
-def test_terminal_chat(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = chat_cli.Settings(temperature=0.0, max_tokens=8)
-    messages = [{"role": "user", "content": "hello"}]
-    content = chat_cli.answer(engine, messages, settings)
-    assert isinstance(content, str)
-    assert capsys.readouterr().out == content + "\n"
-    long = [
-        {"role": role, "content": "there " * 60} for _ in range(3) for role in ("user", "assistant")
-    ]
-    chat_cli.answer(engine, [*long, *messages], settings)
-    assert "old messages left out]" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="shorten it"):
-        chat_cli.answer(engine, [{"role": "user", "content": "x y " * 900}], settings)
-
-
-def test_tool_calls_are_framed_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = "text"
-    for kind, piece in (
-        ("text", "is"),
-        ("python", "2*3"),
-        ("python_output", "6"),
-        ("text", " six"),
-    ):
-        shown = chat_cli.show(kind, piece, shown)
-    assert capsys.readouterr().out == "is [2*3 = 6] six"
