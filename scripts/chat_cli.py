@@ -19,6 +19,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.shortcuts import CompleteStyle
 
 from nanochat import command, configurator, stages
 from nanochat.common import get_base_dir
@@ -133,6 +134,7 @@ def lines(conversation: Conversation) -> Iterator[str]:
         key_bindings=keys(),
         completer=WordCompleter(words, sentence=True),
         complete_while_typing=False,
+        complete_style=CompleteStyle.READLINE_LIKE,
         history=FileHistory(str(get_base_dir() / HISTORY)),
     )
     say("/help lists the commands")

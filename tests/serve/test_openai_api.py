@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from nanochat.infer.engine import Engine
 from nanochat.infer.requests import Request
@@ -431,6 +432,85 @@ class TestCompletions:
     ) -> None:
         error = refused({"prompt": "hello", "max_tokens": 2} | change, url, "completions")
         assert error["param"] == param
+
+
+class TestEvaluationHarness:
+    """The requests of lm_eval's `local-completions`, word for word, and how it reads the answers.
+
+    The package itself needs a dozen others; docs/serve.md says how to run it against a server.
+    """
+
+    SEED = 1234
+
+    def post(self, url: str, body: dict[str, Any], path: str = "v1/completions") -> Any:
+        response = httpx.post(f"{url}/{path}", json=body, headers={"Authorization": "Bearer none"})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def encode(self, url: str, text: str) -> list[int]:
+        body = {"prompt": text, "add_special_tokens": False}
+        return self.post(url, body, "tokenize")["tokens"]
+
+    def test_it_finds_the_tokenizer(self, url: str, engine: Engine) -> None:
+        info = httpx.get(f"{url}/tokenizer_info").json()
+        for name, special in (("eos_token", "<|assistant_end|>"), ("bos_token", "<|bos|>")):
+            assert info[name] == special
+            assert self.encode(url, info[name])[0] == engine.tokenizer.encode_special(special)
+        text = "hello \u4f60"
+        assert self.encode(url, text) == engine.tokenizer.encode(text)
+        tokens = {"tokens": self.encode(url, text)}
+        assert self.post(url, tokens, "detokenize")["prompt"] == text
+
+    def test_likelihoods(self, url: str, engine: Engine) -> None:
+        pairs = [("hello", " there"), ("what is two and three? ", "5"), ("<|bos|>", "what is")]
+        with torch.no_grad():
+            best = engine.model(torch.tensor([self.encode(url, "hello there")]))[0, -1].argmax()
+        pairs.append(("hello there", engine.tokenizer.decode([int(best)])))
+        contexts = [self.encode(url, context) for context, _ in pairs]
+        prompts = [
+            c + engine.tokenizer.encode(x) for c, (_, x) in zip(contexts, pairs, strict=True)
+        ]
+        prompts[-1] = [*contexts[-1], int(best)]
+        payload = {
+            "model": "nanochat",
+            "prompt": prompts,
+            "temperature": 0,
+            "max_tokens": 1,
+            "logprobs": 1,
+            "seed": self.SEED,
+            "echo": True,
+        }
+        choices = sorted(self.post(url, payload)["choices"], key=lambda choice: choice["index"])
+        greedy = []
+        for choice, context, prompt in zip(choices, contexts, prompts, strict=True):
+            logprobs = choice["logprobs"]
+            ours = logprobs["token_logprobs"][len(context) : -1]
+            tops = logprobs["top_logprobs"][len(context) : -1]
+            with torch.no_grad():
+                logits = engine.model(torch.tensor([prompt]))[0].log_softmax(-1)
+            rows = range(len(context) - 1, len(prompt) - 1)
+            want = [float(logits[i, prompt[i + 1]]) for i in rows]
+            assert ours == pytest.approx(want, abs=1e-4)
+            greedy.append(all(x == max(top.values()) for x, top in zip(ours, tops, strict=True)))
+            assert greedy[-1] == all(int(logits[i].argmax()) == prompt[i + 1] for i in rows)
+        assert greedy[-1]
+        assert not all(greedy)
+
+    def test_generations(self, url: str, engine: Engine) -> None:
+        prompts = [self.encode(url, text) for text in ("hello", "what is", "two and")]
+        payload = {
+            "prompt": prompts,
+            "model": "nanochat",
+            "max_tokens": 12,
+            "temperature": 0,
+            "stop": ["e", "\n\n", "<|assistant_end|>"],
+            "seed": self.SEED,
+        }
+        greedy = SamplingSettings(temperature=0)
+        handles = engine.complete([Request(p, 12, greedy, calculator=False) for p in prompts])
+        texts = [engine.tokenizer.decode(handle.tokens) for handle in handles]
+        got = self.post(url, payload)["choices"]
+        assert [choice["text"] for choice in got] == [text.split("e")[0] for text in texts]
 
 
 def test_models(client: openai.OpenAI) -> None:
