@@ -2,7 +2,7 @@
 
 python -m scripts.chat_cli --checkpoint=chatsft_checkpoints/latest.pt --max_tokens=256
 python -m scripts.chat_cli -p "Why is the sky blue?"
-python -m scripts.chat_cli -p - --json < question.txt
+python -m scripts.chat_cli -p - --json
 
 Exit codes: 0, it was answered; 1, the generation failed; 2, a setting, a checkpoint or a question
 that cannot be; 130, Ctrl-C.
