@@ -61,7 +61,7 @@ def main() -> None:
         raise ValueError(
             f"--num_workers={settings.num_workers}: each needs a GPU, and there are {num_gpus}"
         )
-    listening = workers.listen(settings.host, settings.port)
+    listening = workers.bind(settings.host, settings.port)
     url = f"http://{settings.host}:{listening.getsockname()[1]}/"
     if not config.api_key and not is_loopback(settings.host):
         print(f"{url} is open to everyone who reaches it; see --api_key", file=sys.stderr)

@@ -46,7 +46,8 @@ class ApiError(fastapi.HTTPException):
 def error_body(status: int, message: str, code: str | None, param: str | None) -> dict[str, Any]:
     """An error in OpenAI's shape."""
     # what a client has sent, and may be quoted here, need not be Unicode: "\ud800" in JSON
-    message, param = (x and x.encode(errors="replace").decode() for x in (message, param))
+    message = message.encode(errors="replace").decode()
+    param = param and param.encode(errors="replace").decode()
     if status == 429:
         kind = "rate_limit_error"
     else:

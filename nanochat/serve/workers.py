@@ -42,8 +42,8 @@ LASTED = 60.0  # seconds; one that ran so long is started again at once
 Build = Callable[[int], FastAPI]
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket that drops peers which are gone.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that drops peers which are gone. It listens once a model is there to answer.
 
     Raises  ValueError if the address cannot be had.
     """
@@ -60,7 +60,6 @@ def listen(host: str, port: int) -> socket.socket:
                 if hasattr(socket, name):  # not on every system
                     listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
             listening.bind(address)
-            listening.listen(2048)
             undo.pop_all()
     except OSError as error:
         raise ValueError(
@@ -127,7 +126,7 @@ def serve(build: Build, listening: socket.socket, config: ServerConfig, num_work
     build  makes the application of process number 0, 1, ...; for several processes it is pickled.
     """
     if num_workers == 1:
-        server_for(build(0), config).run(sockets=[listening])
+        _run(server_for(build(0), config), listening)
         return 0
     return Supervisor(build, listening, config, num_workers).run()
 
@@ -193,11 +192,16 @@ class Supervisor:
             worker.join()
 
 
+def _run(server: uvicorn.Server, listening: socket.socket) -> None:
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended, and raises it once more
+        server.run(sockets=[listening])
+
+
 def _run_worker(build: Build, listening: socket.socket, config: ServerConfig, index: int) -> None:
     def run() -> None:
         server = server_for(build(index), config)
         threading.Thread(target=end_with_parent, args=(server,), daemon=True).start()
-        server.run(sockets=[listening])
+        _run(server, listening)
 
     def end_with_parent(server: uvicorn.Server) -> None:
         parent = multiprocessing.parent_process()

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
-from nanochat.serve.workers import listen
+from nanochat.serve.workers import bind
 from tests.support.runs import ROOT
 
 # Two processes with a tiny model each, as scripts/chat_web.py starts them.
@@ -25,7 +26,7 @@ def build(index):
     return tiny_app(index)
 
 if __name__ == "__main__":
-    listening = workers.listen("127.0.0.1", 0)
+    listening = workers.bind("127.0.0.1", 0)
     print(listening.getsockname()[1], flush=True)
     sys.exit(workers.serve(build, listening, ServerConfig(), 2))
 """
@@ -106,7 +107,7 @@ def test_one_that_dies_in_mid_stream_is_replaced(
 
 def test_an_address_that_is_taken_is_named() -> None:
     with (
-        listen("127.0.0.1", 0) as taken,
+        socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1:\d+ .*choose another"),
     ):
-        listen("127.0.0.1", taken.getsockname()[1])
+        bind("127.0.0.1", taken.getsockname()[1])

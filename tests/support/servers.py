@@ -13,7 +13,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.infer.engine import Engine
 from nanochat.serve.config import ServerConfig
 from nanochat.serve.server import create_app
-from nanochat.serve.workers import listen, server_for
+from nanochat.serve.workers import bind, server_for
 from nanochat.text.tokenizer import RustBPETokenizer
 
 CONTEXT = 256
@@ -60,10 +60,12 @@ def tiny_app(index: int) -> FastAPI:
 def serving(engine: Engine, config: ServerConfig) -> Iterator[tuple[str, int]]:
     """Address of a server that runs in a thread of this process."""
     app = create_app(engine, config)
-    with listen("127.0.0.1", 0) as listening:
+    with bind("127.0.0.1", 0) as listening:
         server = server_for(app, config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
+        while not server.started:
+            time.sleep(0.01)
         try:
             yield "127.0.0.1", listening.getsockname()[1]
         finally:
