@@ -27,6 +27,14 @@ from nanochat.serve.schema import ChatRequest, PlainMessage
 from nanochat.serve.streams import EventStream, unless_left
 
 PAGE = Path(__file__).with_name("ui.html")
+# the page loads and calls nothing but this server, and no other page frames it
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 UNREAD_MESSAGES = 8  # of a WebSocket, while one is answered
 UNSUPPORTED_DATA, TRY_AGAIN_LATER = 1003, 1013  # close codes of RFC 6455 and its registry
 
@@ -48,8 +56,8 @@ class ChatApi:
         router.websocket("/ws")(self.websocket)
         return router
 
-    async def page(self) -> str:
-        return PAGE.read_text(encoding="utf-8")
+    async def page(self) -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
     async def whole(self, body: ChatRequest, http: HttpRequest) -> dict[str, str]:
         """The text of the answer, without what the tool said."""

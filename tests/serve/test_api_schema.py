@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
 from nanochat.serve.config import ServerConfig
 from tests.support.servers import serving, tiny_engine
 
-EXAMPLES = 12  # for each route: a few seconds in all
+EXAMPLES = 8  # for each route: a few seconds in all
 # Not every valid request can be answered: a prompt may be too long, a model have another name.
 CHECKS = [
     not_a_server_error,
