@@ -24,6 +24,8 @@ from nanochat.serve.config import ServerConfig
 from nanochat.serve.server import create_app
 from nanochat.settings import Choices, Count, CountOrZero, Device, NonNegative, Positive, Range
 
+GIVE_UP_AFTER = 60.0  # seconds of failures, where there is somebody to start a process again
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -93,12 +95,14 @@ def server_config(settings: Settings) -> ServerConfig:
         max_queue=settings.max_queue,
         request_timeout=settings.request_timeout,
         max_body_bytes=settings.max_body_bytes,
+        give_up_after=GIVE_UP_AFTER if settings.num_workers > 1 else 0.0,
     )
 
 
 def build_app(settings: Settings, config: ServerConfig, index: int) -> FastAPI:
     """The application of one process."""
-    os.environ["LOCAL_RANK"] = str(index)  # selects the GPU, as under torchrun
+    # as under torchrun: LOCAL_RANK selects the GPU, and rank 0 speaks for all
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(index)
     if settings.num_workers > 1 and not torch.cuda.is_available():
         torch.set_num_threads(max(1, torch.get_num_threads() // settings.num_workers))
     chat = load_chat_model(settings, print_kernels=index == 0)

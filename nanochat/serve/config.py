@@ -19,6 +19,8 @@ class ServerConfig:
     read_timeout     for a client to send its headers, and then its body.
     max_connections  open at a time; more are refused with 503.
     stall_timeout    of one step of the engine, after which /health says that it fails.
+    give_up_after    of nothing but failures, after which the process ends, so that whoever started
+                     it may start it again; 0 is never.
     """
 
     model: str = "nanochat"
@@ -37,3 +39,4 @@ class ServerConfig:
     read_timeout: float = 30.0
     max_connections: int = 1000
     stall_timeout: float = 120.0
+    give_up_after: float = 0.0

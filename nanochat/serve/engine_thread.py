@@ -1,10 +1,13 @@
 """The thread that steps the engine, and whether it answers.
 
 A failure is remembered until something has been answered again; while there is nothing to answer,
-the thread asks for a token itself, so that a server which nobody asks any more recovers too.
+the thread asks for a token itself, so that a server which nobody asks any more recovers too. What
+no process recovers from, such as a CUDA context that is broken, needs another process.
 """
 
 import logging
+import os
+import signal
 import threading
 import time
 
@@ -22,16 +25,17 @@ class EngineThread(threading.Thread):
     """Steps the engine while there is something to do, whatever goes wrong.
 
     stall_timeout  seconds after which a step that has not ended counts as a failure.
+    give_up_after  seconds of failures after which the process is ended; 0 is never.
     """
 
-    def __init__(self, engine: Engine, stall_timeout: float) -> None:
+    def __init__(self, engine: Engine, stall_timeout: float, give_up_after: float = 0.0) -> None:
         super().__init__(daemon=True, name="engine")
         self.engine = engine
-        self.stall_timeout = stall_timeout
+        self.stall_timeout, self.give_up_after = stall_timeout, give_up_after
         self.stopping = threading.Event()
         self.num_failures = 0
         self._error = ""
-        self._step_began = 0.0
+        self._step_began = self._failing_since = 0.0
         self._pause = FIRST_PROBE
         self._next_probe = 0.0
 
@@ -77,8 +81,14 @@ class EngineThread(threading.Thread):
             self._step_began = 0.0
 
     def _failed(self, error: str) -> None:
+        now = time.monotonic()
         if not self._error:
-            self._next_probe = time.monotonic() + self._pause
+            self._next_probe, self._failing_since = now + self._pause, now
+        elif 0 < self.give_up_after < now - self._failing_since:
+            logger.error(
+                "nothing but failures for %g seconds: the process ends", self.give_up_after
+            )
+            os.kill(os.getpid(), signal.SIGTERM)
         self.num_failures += 1
         self._error = error
 

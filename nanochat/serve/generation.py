@@ -90,18 +90,19 @@ class Generations:
         self.metrics.tokens.labels("generated").inc(tokens)
         self.metrics.answers.labels(finish_reason).inc()
         self.metrics.seconds.observe(seconds)
+        self.refresh()
         if finish_reason in ("stop", "length"):
             self._usual_seconds += 0.1 * (seconds - self._usual_seconds)
 
-    def gauges(self) -> dict[str, float]:
-        """What /metrics and /stats show as it is now."""
-        return {
-            "active": self.engine.num_active,
-            "waiting": self.engine.num_waiting,
-            "slots": self.engine.num_slots,
-            "healthy": float(not self.thread.error),
-            "failures": self.thread.num_failures,
-        }
+    def refresh(self) -> None:
+        """Tell the metrics how things are."""
+        self.metrics.set(
+            active=self.engine.num_active,
+            waiting=self.engine.num_waiting,
+            slots=self.engine.num_slots,
+            healthy=float(not self.thread.error),
+            failures=self.thread.num_failures,
+        )
 
 
 class Generation:

@@ -57,10 +57,13 @@ class Metrics:
             )
         }
 
-    def text(self, **gauges: float) -> bytes:
-        """In Prometheus' format, with the gauges as they are now."""
+    def set(self, **gauges: float) -> None:
+        """How things are now. Another process may be the one that is asked."""
         for name, value in gauges.items():
             self._gauges[name].set(value)
+
+    def text(self) -> bytes:
+        """In Prometheus' format."""
         if FOLDER_VARIABLE not in os.environ:
             return generate_latest(self.registry)
         together = CollectorRegistry()

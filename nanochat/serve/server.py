@@ -33,12 +33,13 @@ CLIENT_LEFT = 499  # nginx's status for a client that did not wait; nobody gets 
 def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
     """The application around an engine."""
     config = config or ServerConfig()
-    thread = EngineThread(engine, config.stall_timeout)
+    thread = EngineThread(engine, config.stall_timeout, config.give_up_after)
     generations = Generations(engine, thread, config)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         thread.start()
+        generations.refresh()
         yield
         thread.stop()
 
@@ -81,8 +82,8 @@ def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        text = generations.metrics.text(**generations.gauges())
-        return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+        generations.refresh()
+        return Response(generations.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app.include_router(ChatApi(generations).router())
     app.include_router(OpenAIApi(generations).router())

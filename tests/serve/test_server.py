@@ -1,6 +1,8 @@
 """The server around an engine: every way in, limits, a client that leaves; the terminal chat."""
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +13,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from nanochat.infer.engine import Engine
+from nanochat.infer.requests import Request
 from nanochat.serve.answer import AnswerReader
 from nanochat.serve.config import ServerConfig
+from nanochat.serve.engine_thread import EngineThread
 from nanochat.serve.server import create_app
 from nanochat.text.tokenizer_base import Tokenizer
 from tests.support.servers import tiny_engine
@@ -205,6 +209,22 @@ def test_a_step_that_never_ends_is_noticed(
     assert "more than 0.5 seconds" in client.get("/health").json()["error"]
     going.set()
     until(lambda: client.get("/health").status_code == 200)
+
+
+def test_a_process_that_only_fails_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, killed = tiny_engine(), []
+    thread = EngineThread(engine, stall_timeout=60, give_up_after=0.2)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine.model, "head", broken)
+    monkeypatch.setattr(os, "kill", lambda *how: killed.append(how))
+    engine.submit(Request([1], 1))
+    thread.start()
+    until(lambda: bool(killed))
+    thread.stop()
+    assert killed[0] == (os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("top_p", [1e-46, 5e-324])
