@@ -66,7 +66,7 @@ class OpenAIApi:
         self.created = int(time.time())
 
     def router(self) -> APIRouter:
-        """All routes."""
+        """All routes; those that are no coroutines take long for a long text, and have a thread."""
         router = APIRouter(responses=REFUSALS)
         router.get("/v1/models")(self.models)
         router.get("/v1/models/{name}")(self.model)
@@ -89,7 +89,9 @@ class OpenAIApi:
     async def chat(self, body: ChatCompletionRequest, http: HttpRequest) -> Response:
         self._check_model(body.model)
         tokens = prompt_of(self.generations, body.messages, NO_LIMIT)
-        max_tokens = self._max_tokens(len(tokens), body.wanted_tokens, self.config.max_tokens)
+        max_tokens = self._max_tokens(
+            len(tokens), body.wanted_tokens, self.config.max_tokens, "messages"
+        )
         requests = [
             Request(
                 tokens,
@@ -115,7 +117,7 @@ class OpenAIApi:
         requests = [
             Request(
                 tokens,
-                self._max_tokens(len(tokens), wanted, wanted),
+                self._max_tokens(len(tokens), wanted, wanted, "prompt"),
                 self._sampling(body, sample),
                 calculator=False,
                 top_logprobs=top,
@@ -129,7 +131,7 @@ class OpenAIApi:
         generation = self.generations.submit(requests, body.stops, raw=True)
         return await self._answer(http, generation, shape, body, sum(map(len, prompts)))
 
-    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+    def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         if body.messages is not None:
             tokens = prompt_of(self.generations, body.messages, NO_LIMIT)
         else:
@@ -140,7 +142,7 @@ class OpenAIApi:
                 tokens = [self.tokenizer.get_bos_token_id(), *tokens]
         return {"count": len(tokens), "max_model_len": self.engine.capacity, "tokens": tokens}
 
-    async def detokenize(self, body: DetokenizeRequest) -> dict[str, str]:
+    def detokenize(self, body: DetokenizeRequest) -> dict[str, str]:
         self._check_tokens(body.tokens)
         return {"prompt": self.tokenizer.decode(body.tokens)}
 
@@ -175,7 +177,7 @@ class OpenAIApi:
             return prompt
         return [self.tokenizer.get_bos_token_id(), *self.tokenizer.encode(prompt)]
 
-    def _max_tokens(self, num_prompt: int, wanted: int | None, default: int) -> int:
+    def _max_tokens(self, num_prompt: int, wanted: int | None, default: int, param: str) -> int:
         """Tokens of an answer; what was asked for must fit the context, the default is cut."""
         # the last token of an answer need not be read by the model
         room = self.engine.capacity + 1 - num_prompt
@@ -185,7 +187,7 @@ class OpenAIApi:
                 f"this model's context is {self.engine.capacity} tokens; the prompt has "
                 f"{num_prompt}, and {wanted or 1} are wanted in the answer: shorten either",
                 "context_length_exceeded",
-                "messages",
+                param,
             )
         return min(default, room) if wanted is None else wanted
 

@@ -422,7 +422,7 @@ class TestCompletions:
             ({"prompt": [285]}, None),
             ({"prompt": "x", "max_tokens": -1}, "max_tokens"),
             ({"prompt": ["x"] * 65, "n": 2}, "n"),
-            ({"prompt": [3] * 257}, "messages"),
+            ({"prompt": [3] * 257}, "prompt"),
             ({"logprobs": 21}, "logprobs"),
             ({"logprobs": True}, "logprobs"),
         ],
