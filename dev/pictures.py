@@ -7,8 +7,8 @@ The curves come from the records of the run, the chat from its newest model, ans
 
 import argparse
 import html
+import json
 import os
-import re
 import subprocess
 import sys
 import textwrap
@@ -18,6 +18,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from nanochat.serve.terminal import Printer
 from nanochat.tracking import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +77,7 @@ def answers(base_dir: Path, checkpoint: str) -> list[tuple[str, str]]:
     """Each prompt with what scripts.chat_cli prints as its answer, each in a new conversation."""
     flags = [f"--checkpoint={checkpoint}", "--device=cpu", "--temperature=0", "--max_tokens=120"]
     said = subprocess.run(
-        [sys.executable, "-m", "scripts.chat_cli", *flags],
+        [sys.executable, "-m", "scripts.chat_cli", "--json", *flags],
         cwd=ROOT,
         env={**os.environ, "NANOCHAT_BASE_DIR": str(base_dir)},
         input="\n/clear\n".join(PROMPTS) + "\n",
@@ -84,8 +85,18 @@ def answers(base_dir: Path, checkpoint: str) -> list[tuple[str, str]]:
         text=True,
         check=True,
     ).stdout
-    found = re.findall(r"^user: assistant: (.*?)\n\n(?=user: )", said, flags=re.M | re.S)
-    return list(zip(PROMPTS, (answer.strip() for answer in found), strict=True))
+    found = [json.loads(line)["content"] for line in said.splitlines()]
+    return list(zip(PROMPTS, map(as_shown, found), strict=True))
+
+
+def as_shown(content: str | list[dict[str, str]]) -> str:
+    """An answer as the terminal shows it, with the calls of its tool."""
+    pieces: list[str] = []
+    printer = Printer(pieces.append)
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        printer.show(part["type"], part["text"])
+    printer.finish()
+    return "".join(pieces).strip()
 
 
 def draw_chat(chat: list[tuple[str, str]], path: Path) -> None:

@@ -4,7 +4,8 @@
     requests     what is asked for, what comes out, tool calls on the way
     calculator   the tool: arithmetic without eval
     weights      the model in its compute dtype
-    engine       prefill, one token a step for every slot, late arrivals
+    slots        the cache on the device: prefill, scores of a prompt, the next token of every slot
+    engine       one token a step for every request, late arrivals, failures that end no others
 
 May import: gpt, text.
 """

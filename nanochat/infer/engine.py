@@ -11,12 +11,12 @@ Two slots and three requests A, B, C with answers of 2, 4 and 2 tokens:
     4      c2 (ends)         b4 (ends)
 
 A step evicts what was cancelled, admits what waits, feeds every slot its last token and draws the
-next. Sampling and the test for the end run on the device; one transfer per step brings the tokens
-to the host, where the calculator answers: its tokens are forced upon the row, one per step.
-A request's tokens depend on its prompt and settings, not on its slot or the requests beside it, up
-to the rounding of matrix products, which differs between batch sizes.
+next (slots.py). On the host the calculator answers: its tokens are forced upon the row, one per
+step. A request's tokens depend on its prompt and settings, not on its slot or its company, up to
+the rounding of matrix products, which differs between batch sizes.
 
-Letters  B rows: the slots up to the last one in use; V vocabulary.
+A failure ends few requests: a tool call its own, a prefill the prompts in it, a decoding step all
+that have a slot. The next step begins clean, with those that wait.
 """
 
 import threading
@@ -26,14 +26,12 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat.gpt import GPT, KVCache
+from nanochat.gpt import GPT
 from nanochat.infer.requests import Handle, Request, TokenEvent, ToolCalls, check_whole, samples_of
-from nanochat.infer.sampling import SamplingRows, sample
+from nanochat.infer.slots import NOT_FORCED, Slots
 from nanochat.infer.weights import cast_weights
 from nanochat.text.tokenizer_base import Tokenizer
 
-SPAN_STEP = 64  # attention reads the cache up to a multiple of this: few shapes, little waste
-NOT_FORCED = -1
 STOP_NAMES = ("<|assistant_end|>", "<|bos|>")
 
 
@@ -65,17 +63,11 @@ class Engine:
         self.vocab_size = model.config.vocab_size
         self.stop_tokens = tuple(tokenizer.encode_special(name) for name in STOP_NAMES)
 
-        device = model.device
-        self._cache = KVCache(model.config, num_slots, self.capacity, device, model.dtype)
-        self._rows = SamplingRows(num_slots, self.vocab_size, device)
-        self._stops = torch.zeros(num_slots, self.vocab_size, dtype=torch.bool, device=device)
-        self._limits = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self._last = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self._active = torch.zeros(num_slots, dtype=torch.bool, device=device)
-
+        self._device = Slots(self.model, num_slots)
         self._slots: list[_Slot | None] = [None] * num_slots
         self._waiting: deque[Handle] = deque()
         self._any_cancelled = False
+        self._failed = False
         self._step_lock = threading.Lock()
         self._queue_lock = threading.Lock()
         self._work = threading.Event()
@@ -129,26 +121,38 @@ class Engine:
     def step(self) -> bool:
         """One token for every request that has a slot; False if there is nothing to do.
 
-        Whatever is raised ends all requests with "error" first; the next ones can be answered.
+        Whatever is raised has ended the requests it concerns; the next step answers the others.
         """
         with self._step_lock:
             self._work.clear()
-            succeeded = False
-            try:
-                if self._any_cancelled:
-                    self._any_cancelled = False
-                    self._end(lambda handle: handle.cancelled, "cancelled")
-                self._admit()  # before decoding: a new request gets its first token in this step
-                busy = self.num_active > 0
-                if busy:
-                    self._decode()
-                succeeded = True
-                return busy
-            finally:
-                if not succeeded:
-                    self._end(lambda handle: True, "error")
+            if self._failed:
+                self._recover()
+            if self._any_cancelled:
+                self._any_cancelled = False
+                self._end(lambda handle: handle.cancelled, "cancelled")
+            admitted = self._admit()  # before decoding: a new request gets its first token now
+            if self.num_active:
+                self._decode()
+                return True
+            return admitted
 
-    def _end(self, chosen: Callable[[Handle], bool], reason: str) -> None:
+    def _recover(self) -> None:
+        """After a failure no slot is used: forget what they held."""
+        try:
+            self._device.clean([i for i, slot in enumerate(self._slots) if slot is None])
+        except BaseException as error:  # a device that is lost answers nobody
+            self._fail(lambda handle: True, error)
+            raise
+        self._failed = False
+
+    def _fail(self, chosen: Callable[[Handle], bool], error: BaseException) -> None:
+        self._failed = True
+        self._end(chosen, "error", f"{type(error).__name__}: {error}", release=False)
+
+    def _end(
+        self, chosen: Callable[[Handle], bool], reason: str, error: str = "", release: bool = True
+    ) -> None:
+        """End the chosen requests, whether they have a slot or wait."""
         ended = []
         freed = []
         for index, slot in enumerate(self._slots):
@@ -160,105 +164,107 @@ class Engine:
             ended += [handle for handle in self._waiting if chosen(handle)]
             self._waiting = deque(handle for handle in self._waiting if not chosen(handle))
         for handle in ended:
-            handle.add(TokenEvent(None, 0, 0.0, reason))
-        if freed:
-            self._active[freed] = False
-            self._cache.lengths[freed] = 0
+            handle.add(TokenEvent(None, 0, 0.0, reason, error))
+        if freed and release:
+            self._device.release(freed)
 
-    def _admit(self) -> None:
+    def _admit(self) -> bool:
         """Fill free slots from the queue; a prompt is prefilled once for all its slots."""
         fresh: dict[tuple[int, ...], list[int]] = {}
-        while None in self._slots:
-            with self._queue_lock:
-                if not self._waiting:
-                    break
-                prefix = tuple(self._waiting[0].request.tokens[:-1])
-                longest = max(map(len, (*fresh, prefix)))
-                if fresh and (len(fresh) + 1) * longest > self.prefill_tokens:
-                    break
-                handle = self._waiting.popleft()
-            # Is the same prompt in the cache already, or about to be prefilled for another slot?
-            holder = next((i for i, s in enumerate(self._slots) if s and s.prefix == prefix), None)
-            slot = self._slots.index(None)
-            self._occupy(slot, handle, prefix)
-            if holder is None or prefix in fresh:
-                fresh.setdefault(prefix, []).append(slot)
-            else:
-                self._cache.fill([slot], self._cache, holder, len(prefix))
-        if fresh:
-            self._prefill(fresh)
+        admitted: list[Handle] = []
+        try:
+            while None in self._slots:
+                with self._queue_lock:
+                    if not self._waiting:
+                        break
+                    prefix = tuple(self._waiting[0].request.tokens[:-1])
+                    longest = max(map(len, (*fresh, prefix)))
+                    if fresh and (len(fresh) + 1) * longest > self.prefill_tokens:
+                        break
+                    handle = self._waiting.popleft()
+                # the same prompt in the cache already, or about to be prefilled for another slot?
+                # (scores need the final states, which no cache keeps)
+                holders = [i for i, s in enumerate(self._slots) if s and s.prefix == prefix]
+                slot = self._slots.index(None)
+                admitted.append(handle)
+                self._occupy(slot, handle, prefix)
+                if not holders or prefix in fresh or handle.request.prompt_logprobs is not None:
+                    fresh.setdefault(prefix, []).append(slot)
+                else:
+                    self._device.copy(holders[0], slot, len(prefix))
+            if fresh:
+                self._prefill(fresh)
+        except BaseException as error:  # an interrupt, too, leaves slots half filled
+            self._fail(admitted.__contains__, error)
+            raise
+        return bool(admitted)
 
     def _occupy(self, index: int, handle: Handle, prefix: tuple[int, ...]) -> None:
-        request = handle.request
-        tools = ToolCalls(self.tokenizer) if request.calculator else None
+        tools = ToolCalls(self.tokenizer) if handle.request.calculator else None
         self._slots[index] = _Slot(handle, prefix, len(prefix), tools)
-        room = self.capacity - len(prefix)
-        self._limits[index] = min(request.max_tokens or room, room)
-        self._stops[index] = False
-        self._stops[index, list(self._stops_of(request))] = True
-        self._last[index] = request.tokens[-1]
-        self._rows.assign(index, request.sampling)
-        self._active[index] = True
+        self._device.occupy(index, handle.request, self._stops_of(handle.request))
 
     def _stops_of(self, request: Request) -> Sequence[int]:
         return self.stop_tokens if request.stop_tokens is None else request.stop_tokens
 
     def _prefill(self, fresh: dict[tuple[int, ...], list[int]]) -> None:
-        """Keys and values of new prompts, padded on the right, into their slots."""
-        width = max(1, *map(len, fresh))
-        device = self.model.device
-        padded = [[*prefix, *[0] * (width - len(prefix))] for prefix in fresh]
-        cache = KVCache(self.model.config, len(fresh), width, device, self.model.dtype)
-        self.model.hidden(torch.tensor(padded, device=device), cache)
-        for row, (prefix, slots) in enumerate(fresh.items()):
-            self._cache.fill(slots, cache, row, len(prefix))
+        """Prefill new prompts; score those that ask for it, and end those that want no more."""
+        states = self._device.prefill(fresh)
+        for row, indices in enumerate(fresh.values()):
+            for index in indices:
+                slot = self._slots[index]
+                assert slot is not None
+                request = slot.handle.request
+                if request.prompt_logprobs is not None:
+                    slot.handle.prompt = self._device.score(
+                        states[row, : len(slot.prefix)], request.tokens[1:], request.prompt_logprobs
+                    )
+                if not all(scored.is_sound for scored in slot.handle.prompt):
+                    self._end_broken(index, slot.handle)
+                elif request.max_tokens == 0:
+                    self._end([slot.handle].__contains__, "length")
+
+    def _end_broken(self, index: int, handle: Handle) -> None:
+        error = "the model's logits are not numbers: its weights are broken"
+        self._end([handle].__contains__, "error", error)
+        self._device.clean([index])
 
     def _decode(self) -> None:
-        # On the device: rows up to the last used slot, positions up to the longest one, rounded up
-        # to keep the number of shapes small.
         used = {index: slot for index, slot in enumerate(self._slots) if slot is not None}
-        B = max(used) + 1
-        longest = max(slot.length for slot in used.values()) + 1
-        span = min(self.capacity, -(-longest // SPAN_STEP) * SPAN_STEP)
-        forced = {i: slot.tools.forced for i, slot in used.items() if slot.tools}
-        forced_B = [forced[i].popleft() if forced.get(i) else NOT_FORCED for i in range(B)]
-        candidates = max(
-            slot.handle.request.sampling.num_candidates(self.vocab_size) for slot in used.values()
-        )
-        tokens, finished, logprobs = self._decode_on_device(B, span, forced_B, candidates)
-        # On the host: tool calls, events, and free the slots of what has ended.
+        try:
+            B = max(used) + 1
+            longest = max(slot.length for slot in used.values()) + 1
+            forced = {i: slot.tools.forced for i, slot in used.items() if slot.tools}
+            forced_B = [forced[i].popleft() if forced.get(i) else NOT_FORCED for i in range(B)]
+            requests = [slot.handle.request for slot in used.values()]
+            candidates = max(r.sampling.num_candidates(self.vocab_size) for r in requests)
+            num_top = max(r.top_logprobs for r in requests)
+            drawn = self._device.decode(B, longest, forced_B, candidates, num_top)
+        except BaseException as error:
+            self._fail([slot.handle for slot in used.values()].__contains__, error)
+            raise
+        # on the host: tool calls, events, and free the slots of what has ended
         for index, slot in used.items():
             slot.length += 1
-            token = int(tokens[index])
-            sampled = forced_B[index] == NOT_FORCED
-            if slot.tools:
-                slot.tools.see(token)
+            handle, scored = slot.handle, drawn[index].token
+            if not scored.is_sound:
+                self._end_broken(index, handle)
+                continue
+            try:
+                if slot.tools:
+                    slot.tools.see(scored.token)
+            except Exception as error:  # of one call: the other requests go on
+                self._end([handle].__contains__, "error", f"{type(error).__name__}: {error}")
+                continue
             reason = ""
-            if finished[index]:
+            if drawn[index].finished:
                 self._slots[index] = None
-                stopped = token in self._stops_of(slot.handle.request)
+                stopped = scored.token in self._stops_of(handle.request)
                 reason = "stop" if stopped else "length"
-            slot.handle.add(TokenEvent(token, int(sampled), logprobs[index], reason))
-
-    def _decode_on_device(
-        self, B: int, span: int, forced_B: list[int], num_candidates: int
-    ) -> list[list[float]]:
-        """Next token, whether it is the last, and its log-probability, for each of B rows."""
-        cache = self._cache.view(B, span)
-        logits_BV = self.model.head(self.model.hidden(self._last[:B, None], cache)[:, -1])
-        next_B = sample(logits_BV, self._rows, num_candidates)
-        if max(forced_B) != NOT_FORCED:
-            forcing = torch.tensor(forced_B, device=next_B.device)
-            next_B = torch.where(forcing == NOT_FORCED, next_B, forcing)
-        logprob_B = logits_BV.gather(1, next_B[:, None])[:, 0] - logits_BV.logsumexp(dim=-1)
-        self._rows.position[:B] += 1
-        stopped_B = self._stops[:B].gather(1, next_B[:, None])[:, 0]
-        finished_B = stopped_B | (self._rows.position[:B] >= self._limits[:B])
-        self._last[:B] = next_B
-        self._active[:B] &= ~finished_B
-        cache.lengths *= self._active[:B]  # free slots write to position 0, again and again
-        # one transfer: float32 holds the ids of any vocabulary below 2^24
-        return torch.stack((next_B.float(), finished_B.float(), logprob_B)).tolist()
+            sampled = forced_B[index] == NOT_FORCED
+            top = scored.top[: handle.request.top_logprobs]
+            handle.add(TokenEvent(scored.token, int(sampled), scored.logprob, reason, top=top))
+            self._any_cancelled |= handle.cancelled  # its listener failed
 
     def stream(self, request: Request) -> Iterator[TokenEvent]:
         """Events of one request as they come; it is cancelled when the reader stops early."""
@@ -281,8 +287,7 @@ class Engine:
         """
         handles: list[Handle] = []
         try:
-            for request in requests:
-                handles.append(self.submit(request))
+            handles += map(self.submit, requests)
             while not all(handle.done for handle in handles):
                 self.step()
         finally:

@@ -23,6 +23,7 @@ MIX_STEPS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 MIX_LAST_SHIFT = 31
 WORD = 2**64
 MIN_TEMPERATURE = 1e-6  # a softcapped logit divided by it is far from the end of float32
+MAX_TEMPERATURE = 1e6  # every token is as likely as any other; float32 holds it
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class SamplingRows:
     def assign(self, row: int, settings: SamplingSettings) -> None:
         """Give a row new settings; it begins at position 0."""
         temperature = settings.temperature
-        self.temperature[row] = max(temperature, MIN_TEMPERATURE) if temperature else 0.0
+        bounded = min(max(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
+        self.temperature[row] = bounded if temperature else 0.0
         self.top_p[row] = settings.top_p
         self.top_k[row] = min(settings.top_k or self.vocab_size, self.vocab_size)
         self.key[row] = settings.key()
@@ -127,7 +129,8 @@ def _lowest_allowed(scaled_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, K: int)
     probabilities = best_BK.masked_fill(rank >= top_k_B[:, None], float("-inf")).softmax(dim=-1)
     likelier = probabilities.cumsum(dim=-1) - probabilities
     inside = ((likelier < top_p_B[:, None]) | (top_p_B[:, None] == 1)) & (rank < top_k_B[:, None])
-    last = inside.sum(dim=-1, keepdim=True) - 1
+    # the likeliest token stays, even if top_p is so small that float32 makes it 0
+    last = (inside.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     lowest = best_BK.gather(1, last)[:, 0]
     unlimited = (top_k_B > K) & (top_p_B == 1)
     return lowest.masked_fill(unlimited, float("-inf"))

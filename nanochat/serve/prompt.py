@@ -2,6 +2,7 @@
 
 import bisect
 import codecs
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,18 @@ def fit_prompt(
             f"leaves {max_tokens}: shorten it"
         )
     return FittedPrompt(render(dropped), 2 * dropped)
+
+
+def special_tokens_parsed(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text in which the names of special tokens stand for these tokens.
+
+    For texts of whoever runs the model: in a text of its users, names stay text.
+    """
+    names = "|".join(map(re.escape, sorted(tokenizer.get_special_tokens())))
+    ids: list[int] = []
+    for i, part in enumerate(re.split(f"({names})", text)):
+        ids += [tokenizer.encode_special(part)] if i % 2 else tokenizer.encode(part)
+    return ids
 
 
 class TextDecoder:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from nanochat.gpt import GPT, GPTConfig, KVCache
+from nanochat.infer import slots
 from nanochat.infer.engine import Engine
-from nanochat.infer.requests import Request, TokenEvent
+from nanochat.infer.requests import Request, TokenEvent, ToolCalls, check_whole
 from nanochat.infer.sampling import SamplingSettings
 from nanochat.kernels.attention import attention
 from nanochat.text.tokenizer import RustBPETokenizer
@@ -488,10 +489,168 @@ def test_a_failed_step_ends_its_requests_and_no_others(
         patch.setattr(model, "head", exhausted)
         with pytest.raises(torch.OutOfMemoryError):
             engine.step()
+    assert [handle.finish_reason for handle in handles] == ["error", "error", ""]
+    assert handles[0].events[-1].error == "OutOfMemoryError: planted"
+    assert (engine.num_active, engine.num_waiting) == (0, 1)
+    engine.complete([])
+    while engine.step():
+        pass
+    for i in (1, 2):
+        after = engine.complete([without_stops([1, 2, i], 6)])[0].tokens
+        assert after == list(model.generate([1, 2, i], 6, temperature=0))
+    assert handles[2].tokens == after
+
+
+def test_a_failed_prefill_leaves_running_answers_alone(
+    tokenizer: RustBPETokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = counting()
+    engine = Engine(model, tokenizer, num_slots=4)
+    running = engine.submit(without_stops([5, 6, 7], 8))
+    engine.step()
+    real = model.hidden
+
+    def too_long(idx_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        if idx_BT.shape[1] > 20:
+            raise IndexError("planted")
+        return real(idx_BT, cache)
+
+    monkeypatch.setattr(model, "hidden", too_long)
+    failing = [engine.submit(without_stops([i] * 30, 5)) for i in range(2)]
+    with pytest.raises(IndexError, match="planted"):
+        engine.step()
+    assert [handle.finish_reason for handle in failing] == ["error"] * 2
+    with pytest.raises(RuntimeError, match="IndexError: planted"):
+        check_whole(failing)
+    while engine.step():
+        pass
+    assert running.tokens == list(model.generate([5, 6, 7], 8, temperature=0))
+
+
+def test_a_device_that_is_lost_answers_nobody_until_it_is_back(
+    tokenizer: RustBPETokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = counting()
+    engine = Engine(model, tokenizer, num_slots=1)
+    handles = [engine.submit(without_stops([1, i], 4)) for i in range(3)]
+    with monkeypatch.context() as patch:
+
+        def lost(*_: object) -> None:
+            raise RuntimeError("device lost")
+
+        patch.setattr(model, "hidden", lost)
+        patch.setattr(engine._device, "clean", lost)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="device lost"):
+                engine.step()
     assert [handle.finish_reason for handle in handles] == ["error"] * 3
-    assert engine.num_active == engine.num_waiting == 0
-    after = engine.complete([without_stops([1, 2, 0], 6)])[0]
-    assert after.tokens == list(model.generate([1, 2, 0], 6, temperature=0))
+    after = engine.complete([without_stops([1, 2], 4)])[0]
+    assert after.tokens == list(model.generate([1, 2], 4, temperature=0))
+
+
+def test_what_is_no_number_ends_its_request_and_leaves_the_slot_clean(
+    tokenizer: RustBPETokenizer,
+) -> None:
+    model = small()
+    want = list(model.generate([1, 2, 3], 30, temperature=0))
+    engine = Engine(model, tokenizer, num_slots=1)
+    poisoned = [9] * 70  # reaches further than the short answer after it
+    weight = model.wte.weight.data
+    row = weight[9].clone()
+    weight[9] = float("nan")
+    handle = engine.submit(without_stops(poisoned, 4))
+    engine.step()
+    scoring = engine.submit(Request(poisoned, 0, prompt_logprobs=0))
+    engine.step()
+    weight[9] = row
+    for broken in (handle, scoring):
+        assert broken.finish_reason == "error"
+        assert "not numbers" in broken.events[-1].error
+    assert engine.complete([without_stops([1, 2, 3], 30)])[0].tokens == want
+
+
+def test_a_failing_tool_or_listener_ends_its_own_request(
+    model: GPT, tokenizer: RustBPETokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model, tokenizer, num_slots=3)
+    want = list(model.generate([3, 1], 8, temperature=0))
+
+    def broken(*_: object) -> None:
+        raise LookupError("planted")
+
+    monkeypatch.setattr(ToolCalls, "see", broken)
+    tool = engine.submit(Request([7, 7], 8, GREEDY, ()))
+    deaf = engine.submit(Request([8, 8], 8, GREEDY, (), calculator=False), broken)
+    fine = engine.submit(Request([3, 1], 8, GREEDY, (), calculator=False))
+    while engine.step():
+        pass
+    assert (tool.finish_reason, tool.events[-1].error) == ("error", "LookupError: planted")
+    assert deaf.finish_reason == "cancelled"
+    assert fine.tokens == want
+
+
+class TestScores:
+    """Log-probabilities of prompts and of what else might have been said."""
+
+    def scores(self, model: GPT, tokens: Sequence[int]) -> Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([list(tokens)]))[0].log_softmax(-1)
+
+    @pytest.mark.parametrize("length", [1, 2, 40, CONTEXT])
+    @pytest.mark.parametrize("chunk", [1, 7, 2**24])
+    def test_prompts_are_scored(
+        self,
+        model: GPT,
+        tokenizer: RustBPETokenizer,
+        monkeypatch: pytest.MonkeyPatch,
+        length: int,
+        chunk: int,
+    ) -> None:
+        monkeypatch.setattr(slots, "SCORED_LOGITS", chunk * VOCAB)
+        tokens = (prompts(1, seed=3)[0] * CONTEXT)[:length]
+        request = Request(tokens, 0, prompt_logprobs=3)
+        handle = Engine(model, tokenizer).complete([request])[0]
+        assert (handle.finish_reason, handle.tokens, handle.masks) == ("length", [], [])
+        assert [scored.token for scored in handle.prompt] == tokens[1:]
+        want = self.scores(model, tokens)
+        for position, scored in enumerate(handle.prompt):
+            assert scored.logprob == pytest.approx(float(want[position, scored.token]), abs=1e-4)
+            best = want[position].topk(3)
+            assert [token for token, _ in scored.top] == best.indices.tolist()
+            assert [p for _, p in scored.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+    def test_alternatives_are_the_models_and_only_where_asked_for(
+        self, model: GPT, tokenizer: RustBPETokenizer
+    ) -> None:
+        engine = Engine(model, tokenizer)
+        plain, rich = engine.complete(
+            [Request([4, 5], 6, GREEDY, (), top_logprobs=k) for k in (0, VOCAB + 5)]
+        )
+        assert plain.tokens == rich.tokens
+        assert all(event.top == () for event in plain.events)
+        want = self.scores(model, [4, 5, *rich.tokens])[1:]
+        for position, event in enumerate(rich.events):
+            assert len(event.top) == VOCAB
+            assert event.top[0] == (event.token, event.logprob)  # greedy
+            assert [t for t, _ in event.top[:5]] == want[position].topk(5).indices.tolist()
+
+    def test_a_prompt_in_the_cache_is_scored_all_the_same(
+        self, model: GPT, tokenizer: RustBPETokenizer
+    ) -> None:
+        engine = Engine(model, tokenizer, num_slots=4)
+        tokens = prompts(1, seed=12)[0]
+        alone = engine.complete([Request(tokens, 0, prompt_logprobs=1)])[0]
+        running = engine.submit(without_stops(tokens, 9))
+        engine.step()
+        pair = [Request([*tokens[:-1], last], 1, prompt_logprobs=1) for last in (tokens[-1], 3)]
+        handles = engine.complete(pair)
+        assert [len(handle.events) for handle in handles] == [1, 1]
+        assert handles[0].prompt == alone.prompt
+        assert handles[1].prompt[:-1] == alone.prompt[:-1]
+        assert handles[1].prompt[-1].token == 3
+        while engine.step():
+            pass
+        assert running.tokens == list(model.generate(tokens, 9, temperature=0))
 
 
 def test_weights_are_cast_once(tokenizer: RustBPETokenizer) -> None:
@@ -526,7 +685,10 @@ def test_float32_weights_are_not_copied(model: GPT, tokenizer: RustBPETokenizer)
         (Request([VOCAB]), "token 280 is outside the vocabulary, 0 to 279"),
         (Request([-1]), "token -1"),
         (Request([1], stop_tokens=[VOCAB]), "token 280"),
-        (Request([1], max_tokens=0), "max_tokens 0"),
+        (Request([1], max_tokens=0), "max_tokens 0 must be at least 1"),
+        (Request([1], max_tokens=-1, prompt_logprobs=0), "max_tokens -1 must be at least 0"),
+        (Request([1], top_logprobs=-1), "top_logprobs -1"),
+        (Request([1], prompt_logprobs=-1), "prompt_logprobs -1"),
     ],
 )
 def test_impossible_requests_are_refused(

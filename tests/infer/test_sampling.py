@@ -148,6 +148,21 @@ def test_no_temperature_is_too_low(temperature: float) -> None:
     assert draw(logits, [SamplingSettings(temperature=temperature)]).tolist() == [2]
 
 
+@pytest.mark.parametrize("top_p", [1e-46, 1e-300, 5e-324, 1 - 1e-17])
+@pytest.mark.parametrize("top_k", [None, 1, 7, 10**30])
+def test_no_share_is_too_small(top_p: float, top_k: int | None) -> None:
+    logits = torch.arange(VOCAB).float()
+    (token,) = draw(logits, [SamplingSettings(top_k=top_k, top_p=top_p)]).tolist()
+    assert token == VOCAB - 1 or top_p > 0.5
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e300])
+def test_the_highest_temperatures_make_all_tokens_alike(temperature: float) -> None:
+    logits = torch.tensor([-15.0, 0.0, 15.0])
+    settings = [SamplingSettings(temperature=temperature, seed=seed) for seed in range(90)]
+    assert set(draw(logits, settings).tolist()) == {0, 1, 2}
+
+
 @pytest.mark.parametrize("seed", [-5, 0, 2**64 + 3, 2**200])
 def test_any_integer_is_a_seed(seed: int) -> None:
     assert -(2**63) <= SamplingSettings(seed=seed).key() < 2**63

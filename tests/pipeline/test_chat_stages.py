@@ -295,6 +295,8 @@ def test_one_answer_in_the_terminal(sft: World) -> None:
     command += ["-p", "你好", "--checkpoint=chatsft_checkpoints/latest.pt", "--max_tokens=5"]
     done = subprocess.run(command, env=environment, capture_output=True, check=True)
     assert done.stdout.decode("utf-8").strip()
+    assert b"loaded" in done.stderr
+    assert b"loaded" not in done.stdout  # which has the answer alone
 
 
 def test_the_web_server_starts_and_stops(sft: World) -> None:

@@ -4,21 +4,19 @@ Needs `uv sync --extra page` and a Chromium: `playwright install chromium`, or o
 by its debugging address: --chromium=http://127.0.0.1:9222.
 """
 
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from torch import Tensor
 
 from nanochat.gpt import GPT, GPTConfig, KVCache
 from nanochat.infer.engine import Engine
-from nanochat.serve.server import Defaults, create_app
+from nanochat.serve.config import ServerConfig
 from nanochat.text.tokenizer import RustBPETokenizer
+from tests.support.servers import serving
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="needs Playwright: uv sync --extra page"
@@ -65,14 +63,9 @@ def model(tokenizer: RustBPETokenizer) -> Scripted:
 
 @pytest.fixture(scope="module")
 def address(tokenizer: RustBPETokenizer, model: Scripted) -> Iterator[str]:
-    app = create_app(Engine(model, tokenizer, num_slots=1), Defaults(max_tokens=100))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-        server.should_exit = True
-        thread.join()
+    config = ServerConfig(max_tokens=100)
+    with serving(Engine(model, tokenizer, num_slots=1), config) as (host, port):
+        yield f"http://{host}:{port}/"
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +100,13 @@ def page(browser: Any, address: str, request: pytest.FixtureRequest) -> Iterator
     assert [url for url in fetched if not url.startswith(address)] == []
 
 
+@pytest.fixture(autouse=True)
+def forgetful(page: Any) -> None:
+    """What another test left in the browser is gone."""
+    page.evaluate("localStorage.clear()")
+    page.reload()
+
+
 def say(model: Scripted, tokenizer: RustBPETokenizer, *parts: str) -> None:
     """Let the model's answers be these parts; those like <|bos|> stand for themselves."""
     model.script = []
@@ -123,6 +123,15 @@ def ask(page: Any, text: str) -> None:
 def finish(page: Any) -> None:
     page.wait_for_selector("#send:enabled")
     page.wait_for_selector("#stop:disabled")
+
+
+def until(page: Any, true: str) -> None:
+    """Wait for an expression to be true; Playwright's own way is against the page's CSP."""
+    for _ in range(500):
+        if page.evaluate(true):
+            return
+        page.wait_for_timeout(20)
+    raise AssertionError(f"it did not come true: {true}")
 
 
 def test_a_tool_call_is_shown(page: Any, model: Scripted, tokenizer: RustBPETokenizer) -> None:
@@ -144,7 +153,7 @@ def test_an_answer_streams_and_stops(
 ) -> None:
     say(model, tokenizer, "seven " * 60)
     ask(page, "count")
-    page.wait_for_function("document.querySelector('.assistant .text')?.textContent.length > 20")
+    until(page, "document.querySelector('.assistant .text')?.textContent.length > 20")
     assert page.is_disabled("#send")
     page.click("#stop")
     finish(page)
@@ -216,3 +225,69 @@ def test_text_of_a_model_is_no_markup(
     assert page.inner_text(".assistant .text") == "<b id=bad>\n<script>1</script> é 你"
     assert page.inner_text(".user .text") == "<i>x</i>"
     assert page.locator("#bad").count() == 0
+
+
+def test_a_refused_message_and_an_emptied_setting(
+    page: Any, model: Scripted, tokenizer: RustBPETokenizer
+) -> None:
+    say(model, tokenizer, "it is six")
+    page.fill("#temperature", "3")
+    ask(page, "a long question")
+    finish(page)
+    assert page.input_value("#input") == "a long question"  # to be changed and sent again
+    page.fill("#temperature", "")
+    sent = []
+    page.on("request", lambda request: sent.append(request.post_data_json))
+    page.press("#input", "Enter")
+    finish(page)
+    assert "temperature" not in sent[0]
+    assert page.locator(".assistant .text").all_inner_texts()[-1] == "it is six"
+
+
+def test_escape_stops_and_scrolling_up_is_respected(
+    page: Any, model: Scripted, tokenizer: RustBPETokenizer
+) -> None:
+    page.set_viewport_size({"width": 400, "height": 300})
+    say(model, tokenizer, *["seven\n"] * 60)
+    ask(page, "count")
+    until(page, "document.querySelector('#messages').scrollTop > 60")  # follows
+    page.evaluate("document.querySelector('#messages').scrollTop = 0")
+    length = "document.querySelector('.assistant .text').textContent.length"
+    before = page.evaluate(length)
+    until(page, f"{length} > {before} + 20")
+    assert page.evaluate("document.querySelector('#messages').scrollTop") == 0
+    page.keyboard.press("Escape")
+    finish(page)
+    assert len(page.inner_text(".assistant .text")) < len("seven\n" * 55)
+
+
+def test_a_reload_loses_nothing(page: Any, model: Scripted, tokenizer: RustBPETokenizer) -> None:
+    say(model, tokenizer, "it is six")
+    page.fill("#top_k", "7")
+    ask(page, "what?")
+    finish(page)
+    page.reload()
+    assert page.locator(".message .text").all_inner_texts() == ["what?", "it is six"]
+    assert page.input_value("#top_k") == "7"
+    page.click("#clear")
+    page.reload()
+    assert page.locator(".message").count() == 0
+
+
+def test_a_key_is_asked_for_where_one_is_needed(
+    browser: Any, page: Any, tokenizer: RustBPETokenizer, model: Scripted
+) -> None:
+    say(model, tokenizer, "it is six")
+    assert page.is_hidden("#key")
+    config = ServerConfig(max_tokens=100, api_key="open sesame")
+    with serving(Engine(model, tokenizer, num_slots=1), config) as (host, port):
+        other = browser.contexts[0].new_page() if browser.contexts else browser.new_page()
+        other.goto(f"http://{host}:{port}/")
+        ask(other, "what?")
+        finish(other)
+        assert "key" in other.inner_text(".assistant .text.error")
+        other.fill("#key", "open sesame")
+        other.press("#input", "Enter")
+        finish(other)
+        assert other.locator(".assistant .text").all_inner_texts()[-1] == "it is six"
+        other.close()

@@ -1,46 +1,58 @@
 """The server around an engine: every way in, limits, a client that leaves; the terminal chat."""
 
 import json
+import os
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import torch
 from fastapi.testclient import TestClient
 
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.infer.engine import Engine
+from nanochat.infer.requests import Request
 from nanochat.serve.answer import AnswerReader
-from nanochat.serve.server import Defaults, create_app
-from nanochat.text.tokenizer import RustBPETokenizer
-from scripts import chat_cli
+from nanochat.serve.config import ServerConfig
+from nanochat.serve.engine_thread import EngineThread
+from nanochat.serve.server import create_app
+from nanochat.text.tokenizer_base import Tokenizer
+from tests.support.servers import tiny_engine
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> RustBPETokenizer:
-    return RustBPETokenizer.train_from_iterator(["hello there, what is two and three? " * 9], 285)
+def engine() -> Engine:
+    return tiny_engine()
 
 
 @pytest.fixture(scope="module")
-def engine(tokenizer: RustBPETokenizer) -> Engine:
-    model = GPT(GPTConfig(256, tokenizer.get_vocab_size(), 1, 1, 1, 32))
-    model.init_weights(0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return Engine(model, tokenizer, num_slots=2)
+def tokenizer(engine: Engine) -> Tokenizer:
+    return engine.tokenizer
 
 
 @pytest.fixture(scope="module")
 def client(engine: Engine) -> Iterator[TestClient]:
-    with TestClient(create_app(engine, Defaults(max_tokens=12))) as client:
+    app = create_app(engine, ServerConfig(max_tokens=12, stall_timeout=0.5))
+    with TestClient(app, base_url="http://127.0.0.1:8000") as client:
         yield client
 
 
+SOCKET = "ws://127.0.0.1:8000/ws"
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0, "seed": 1}
+
+
+STREAMED = {"prompt": "hello", "stream": True}
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for something to come true: seconds at most, or the test fails."""
+    for _ in range(500):
+        if true():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it did not come true")
 
 
 def events_of(text: str) -> list[Any]:
@@ -74,13 +86,17 @@ def test_all_ways_give_one_answer(client: TestClient) -> None:
     assert "".join(e["token"] for e in events[:-1] if e["type"] == "text") == want
     openai = client.post("/v1/chat/completions", json=HELLO).json()
     assert openai["object"] == "chat.completion"
-    assert openai["choices"][0]["message"] == {"role": "assistant", "content": want}
+    assert openai["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": want,
+        "refusal": None,
+    }
     streamed = client.post("/v1/chat/completions", json=HELLO | {"stream": True})
     assert streamed.text.endswith("data: [DONE]\n\n")
     chunks = [event["choices"][0] for event in events_of(streamed.text)]
     assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == want
-    assert chunks[-1]["finish_reason"] == "stop"
-    with client.websocket_connect("/ws") as socket:
+    assert chunks[-1]["finish_reason"] == openai["choices"][0]["finish_reason"] == "length"
+    with client.websocket_connect(SOCKET) as socket:
         for _ in range(2):
             socket.send_text(json.dumps(HELLO))
             got = ""
@@ -101,14 +117,18 @@ def test_all_ways_give_one_answer(client: TestClient) -> None:
         ({"temperature": 3}, "temperature"),
         ({"top_k": 0}, "top_k"),
         ({"max_tokens": 5000}, "max_tokens"),
+        ({"seed": 2**64}, "seed"),
+        ({"temperature": float("nan")}, "temperature"),
     ],
 )
 def test_limits_are_named(client: TestClient, change: dict[str, Any], part: str) -> None:
-    for path in ("/chat", "/chat/completions", "/v1/chat/completions"):
-        answer = client.post(path, json=HELLO | change)
+    for path in ("/chat", "/chat/completions"):
+        answer = client.post(
+            path, content=json.dumps(HELLO | change), headers={"Content-Type": "application/json"}
+        )
         assert answer.status_code == 400
         assert part in str(answer.json()["detail"])
-    with client.websocket_connect("/ws") as socket:
+    with client.websocket_connect(SOCKET) as socket:
         socket.send_text(json.dumps(HELLO | change))
         assert part in socket.receive_json()["error"]
 
@@ -161,11 +181,115 @@ def test_an_engine_that_fails_ends_its_requests_and_goes_on(
 
         patch.setattr(engine.model, "head", broken)
         events = events_of(client.post("/chat/completions", json=HELLO).text)
-        assert "ended early" in events[-1]["error"]
+        assert events[-1] == {"error": "the generation failed: RuntimeError: out of memory"}
+        failed = client.post("/chat", json=HELLO)
+        assert (failed.status_code, failed.json()["detail"]) == (503, events[-1]["error"])
+        openai = client.post("/v1/chat/completions", json=HELLO)
+        assert (openai.status_code, openai.json()["error"]["type"]) == (503, "server_error")
+        *_, last = events_of(client.post("/v1/completions", json=STREAMED).text)
+        assert last["error"]["code"] == "generation_failed"
+        sick = client.get("/health")
+        assert (sick.status_code, sick.json()["status"]) == (503, "failing")
+        assert "out of memory" in sick.json()["error"]
+    until(lambda: client.get("/health").status_code == 200)  # with nobody asking for anything
     assert client.post("/chat", json=HELLO).status_code == 200
 
 
-def test_answers_are_sorted_into_parts(tokenizer: RustBPETokenizer) -> None:
+def test_a_step_that_never_ends_is_noticed(
+    client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going, real = threading.Event(), engine.step
+
+    def stuck() -> bool:
+        going.wait(20)
+        return real()
+
+    monkeypatch.setattr(engine, "step", stuck)
+    until(lambda: client.get("/health").status_code == 503)
+    assert "more than 0.5 seconds" in client.get("/health").json()["error"]
+    going.set()
+    until(lambda: client.get("/health").status_code == 200)
+
+
+def test_a_process_that_only_fails_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, killed = tiny_engine(), []
+    thread = EngineThread(engine, stall_timeout=60, give_up_after=0.2)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine.model, "head", broken)
+    monkeypatch.setattr(os, "kill", lambda *how: killed.append(how))
+    engine.submit(Request([1], 1))
+    thread.start()
+    until(lambda: bool(killed))
+    thread.stop()
+    assert killed[0] == (os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("top_p", [1e-46, 5e-324])
+def test_no_setting_harms_the_others(client: TestClient, top_p: float) -> None:
+    together = [
+        HELLO | {"top_p": top_p, "temperature": 1.0},
+        HELLO | {"top_k": 200, "seed": -(2**63)},
+        HELLO,
+    ]
+    alone = client.post("/chat", json=HELLO).json()
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda body: client.post("/chat", json=body), together))
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert answers[2].json() == alone
+    assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        (b"{", "not JSON"),
+        (b"[" * 100_000, "parsing the body"),
+        (b'{"message": "\xff"}', "parsing the body"),
+        (b"7", "valid dict"),
+        (b"", "required"),
+        (b'{"messages": [], "\\ud800": 1, "temperature": 9}', "temperature"),
+        (b'{"temperature": NaN, "message": "x"}', "temperature"),
+    ],
+)
+def test_bodies_that_are_no_requests(client: TestClient, body: bytes, part: str) -> None:
+    for path in ("/chat", "/v1/chat/completions", "/tokenize"):
+        answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400
+        if path == "/chat":
+            assert part.lower() in answer.json()["detail"].lower()
+        else:
+            assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_numbers_for_prometheus(client: TestClient) -> None:
+    def numbers() -> dict[str, float]:
+        lines = client.get("/metrics").text.splitlines()
+        return {line.rsplit(" ", 1)[0]: float(line.split()[-1]) for line in lines if line[0] != "#"}
+
+    before = numbers()
+    client.post("/v1/chat/completions", json=HELLO)
+    client.get("/nobody/serves/this")
+    client.post("/tokenize", json={})
+    after = numbers()
+    grown = {name for name in after if after[name] > before.get(name, 0)}
+    assert {
+        'nanochat_requests_total{route="/v1/chat/completions",status="200"}',
+        'nanochat_requests_total{route="other",status="404"}',
+        'nanochat_requests_total{route="/tokenize",status="400"}',
+        'nanochat_tokens_total{kind="prompt"}',
+        'nanochat_tokens_total{kind="generated"}',
+        'nanochat_answers_total{finish_reason="length"}',
+        "nanochat_first_token_seconds_count",
+        "nanochat_answer_seconds_sum",
+    } <= grown
+    assert after["nanochat_slots"] == 2
+    assert (after["nanochat_active"], after["nanochat_healthy"]) == (0, 1)
+
+
+def test_answers_are_sorted_into_parts(tokenizer: Tokenizer) -> None:
     reader = AnswerReader(tokenizer)
     special = tokenizer.encode_special
     ids = [
@@ -190,32 +314,3 @@ def test_answers_are_sorted_into_parts(tokenizer: RustBPETokenizer) -> None:
     for token in tokenizer.encode("two"):
         plain.add(token)
     assert plain.content == "two"
-
-
-def test_terminal_chat(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = chat_cli.Settings(temperature=0.0, max_tokens=8)
-    messages = [{"role": "user", "content": "hello"}]
-    content = chat_cli.answer(engine, messages, settings)
-    assert isinstance(content, str)
-    assert capsys.readouterr().out == content + "\n"
-    long = [
-        {"role": role, "content": "there " * 60} for _ in range(3) for role in ("user", "assistant")
-    ]
-    chat_cli.answer(engine, [*long, *messages], settings)
-    assert "old messages left out]" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="shorten it"):
-        chat_cli.answer(engine, [{"role": "user", "content": "x y " * 900}], settings)
-
-
-def test_tool_calls_are_framed_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = "text"
-    for kind, piece in (
-        ("text", "is"),
-        ("python", "2*3"),
-        ("python_output", "6"),
-        ("text", " six"),
-    ):
-        shown = chat_cli.show(kind, piece, shown)
-    assert capsys.readouterr().out == "is [2*3 = 6] six"
