@@ -13,11 +13,12 @@ fallback at call time: what was selected is what runs. On a GPU every implementa
 tiny example first; version numbers decide nothing.
 """
 
+import contextlib
 import difflib
 import importlib
 import pkgutil
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,6 +149,18 @@ class Op:
         """Run implementation `name` from now on. `select` is the checked way to call this."""
         self.selected = name
         self._call = self.implementations[name].call
+
+    @contextlib.contextmanager
+    def wrapped(
+        self, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> Iterator[None]:
+        """Within the block, calls go to `wrapper` of the implementation: for profilers."""
+        call = self._call
+        self._call = wrapper(call)
+        try:
+            yield
+        finally:
+            self._call = call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)

@@ -6,6 +6,7 @@
     checkpoint_write   a checkpoint appears whole, by one rename, or not at all
     run                build or load a model; the state of a run, saved and restored
     session            settings and bookkeeping that the four training scripts share
+    rehearsal          a step on the meta device: what it would allocate
     policy_gradient    advantages and token losses of reinforcement learning
 
 May import: common, gpt, hardware, kernels, optim, profiler, scaling,
