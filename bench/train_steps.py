@@ -126,6 +126,7 @@ class Bench:
         begin = time.perf_counter()
         result = train_step(variant.model, self.optimizers, self.batches(variant), self.runtime)
         loss, norm = result.loss.item(), result.grad_norm.item()
+        self.runtime.synchronize()  # the update runs on when the loss is known
         seconds = time.perf_counter() - begin
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise ValueError(f"loss {loss}, gradient norm {norm}")

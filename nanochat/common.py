@@ -1,17 +1,25 @@
-"""Start of every entry point: device, ranks, seed, compute dtype, base directory."""
+"""Start of every entry point: device, ranks, seed, compute dtype, base directory, signals."""
 
 import gc
 import os
 import random
 import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from nanochat.command import RunFailedError
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+COLLECTIVE_TIMEOUT = 1800.0  # seconds that a rank waits for the others, on a slow disk say
+SAME_REQUEST = 1.0  # seconds; torchrun and a job scheduler both pass on one and the same signal
 
 
 def get_base_dir() -> Path:
@@ -71,6 +79,12 @@ class Runtime:
     world_size: int
     seed: int
     base_dir: Path
+    stop: "StopRequest | None" = None  # None: signals end the process as they usually do
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether a signal asked this rank to stop; other ranks may not know it yet."""
+        return self.stop is not None and self.stop.number != 0
 
     @property
     def is_main(self) -> bool:
@@ -80,13 +94,42 @@ class Runtime:
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:
-            dist.barrier()
+            with collective():
+                dist.barrier()
 
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM):
         """Reduce `tensor` over the ranks in place and return it (MAX, SUM, ...)."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, op=op)
+            with collective():
+                dist.all_reduce(tensor, op=op)
         return tensor
+
+    def sum_over_ranks(self, size: int, compute: Callable[[], torch.Tensor]) -> list[float]:
+        """Sums over the ranks of the `size` numbers that `compute` gives on each.
+
+        Where one rank cannot give its numbers, none waits for them:
+        Raises  on every rank torch.OutOfMemoryError if one ran out of memory, StoppedError if
+                check_stop() found one asked to stop.
+        """
+        values = torch.zeros(size + 2, dtype=torch.float64, device=self.device)
+        # only flags leave the handlers: an error at hand would keep the memory of its frames
+        try:
+            values[:size] = compute()
+        except torch.OutOfMemoryError:
+            values[-2] = 1.0
+        except StoppedError:
+            values[-1] = 1.0
+        *sums, out_of_memory, stopped = self.all_reduce(values).tolist()
+        if stopped:
+            raise StoppedError
+        if out_of_memory:
+            raise torch.OutOfMemoryError(f"{out_of_memory:.0f} of {self.world_size} ranks")
+        return sums
+
+    def check_stop(self) -> None:
+        """Raise StoppedError if this rank was asked to stop; between the batches of `compute`."""
+        if self.asked_to_stop:
+            raise StoppedError
 
     def synchronize(self) -> None:
         """Wait until the device has done all its work."""
@@ -99,11 +142,35 @@ class Runtime:
             dist.destroy_process_group()
 
 
-def setup_training(device: str = "auto", seed: int = 42) -> Runtime:
+class StoppedError(Exception):
+    """A signal asked this rank, or another one, to stop."""
+
+
+@contextmanager
+def collective() -> Iterator[None]:
+    """Around what waits for other ranks: one that is gone or silent ends this one with one line."""
+    try:
+        yield
+    except RuntimeError as error:  # neither gloo nor NCCL raises anything more precise
+        raise RunFailedError(
+            f"another rank has ended, or did not answer within --collective_timeout ({error}); "
+            "its own message says why. Continue with --resume, or start with torchrun "
+            "--max-restarts=3 and --resume, which continues by itself"
+        ) from error
+
+
+def setup_training(
+    device: str = "auto",
+    seed: int = 42,
+    stop: "StopRequest | None" = None,
+    collective_timeout: float = COLLECTIVE_TIMEOUT,
+) -> Runtime:
     """Choose device and dtype, seed every generator, join the ranks torchrun started.
 
     device  "auto" (CUDA, then MPS, then CPU), "cuda", "mps" or "cpu".
     dtype   bfloat16 on CUDA, float32 elsewhere; $NANOCHAT_DTYPE overrides it.
+    stop    where signals are to be remembered instead of ending the process.
+    collective_timeout  seconds that a rank waits for the others.
     Raises  ValueError for an unknown or absent device or dtype.
     """
     chosen = _choose_device(device)
@@ -123,10 +190,7 @@ def setup_training(device: str = "auto", seed: int = 42) -> Runtime:
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
     if world_size > 1 and not dist.is_initialized():
-        if chosen.type == "cuda":
-            dist.init_process_group("nccl", device_id=chosen)
-        else:
-            dist.init_process_group("gloo")
+        _join_ranks(chosen, timedelta(seconds=collective_timeout))
     random.seed(seed)
     torch.manual_seed(seed)
     return Runtime(
@@ -137,7 +201,26 @@ def setup_training(device: str = "auto", seed: int = 42) -> Runtime:
         world_size=world_size,
         seed=seed,
         base_dir=get_base_dir(),
+        stop=stop,
     )
+
+
+def _join_ranks(device: torch.device, timeout: timedelta) -> None:
+    """Open the process group through the store that torchrun keeps."""
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    # torchrun restarts the ranks on the store of those that died: without a prefix of their own
+    # they would connect to the addresses that the dead have left there
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    with collective():
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(f"attempt_{attempt}", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device_id,
+        )
 
 
 def freeze_garbage() -> None:
@@ -173,20 +256,25 @@ def _choose_dtype(device: torch.device) -> torch.dtype:
 
 
 class StopRequest:
-    """Remembers SIGINT and SIGTERM so that the loop can save and leave between two steps.
+    """Remembers SIGINT and SIGTERM, so that the run can save and leave between two micro-batches.
 
-    A second SIGINT interrupts at once.
+    A second signal ends the process at once. One within SAME_REQUEST seconds is the first again:
+    torchrun passes on to its ranks what a job scheduler has sent to all of them already.
     """
 
     def __init__(self) -> None:
         self.number = 0
+        self.since = 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.number and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = number
+        now = time.monotonic()
+        if not self.number:
+            self.number, self.since = number, now
+        elif now - self.since > SAME_REQUEST:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     @property
     def name(self) -> str:
@@ -197,10 +285,3 @@ class StopRequest:
     def exit_code(self) -> int:
         """What a shell expects of a program that a signal ended, so that it stops as well."""
         return 128 + (self.number or signal.SIGTERM)
-
-    def agreed(self, runtime: Runtime) -> bool:
-        """True on every rank as soon as any rank was asked to stop."""
-        if runtime.world_size == 1:
-            return bool(self.number)
-        flag = torch.tensor(float(bool(self.number)), device=runtime.device)
-        return bool(runtime.all_reduce(flag, dist.ReduceOp.MAX).item())

@@ -90,7 +90,7 @@ class Settings(TrainingSettings):
 def main() -> None:
     # Settings: what this run is, where it runs, and which kernels it uses.
     settings = configurator.load(Settings)
-    runtime, stop, kernels = launch(settings)
+    runtime, kernels = launch(settings)
 
     # Build: text, tokenizer, model, optimizers, records. Whatever is missing shows before the model
     # is built, in the order in which a person would provide it.
@@ -163,45 +163,49 @@ def main() -> None:
     # last pass through the loop evaluates the finished model and trains no more.
     batches = open_loader("train", state.loader_state)
     freeze_garbage()
-    while True:
+    while not session.stopped:
         step, last = session.step, session.is_last
         # a checkpoint comes first: an evaluation may take long, and a kill must not cost the steps
         if last or due(step, settings.save_every):
             session.save()
         if last or step == 0 or due(step, settings.eval_every):
-            pairs = first_batches(open_loader("val"), eval_batches)
-            bpb = evaluate_bpb(trained, pairs, token_bytes, runtime)
-            state.min_bpb = min(state.min_bpb, bpb)
-            session.log("eval", f"validation bpb {bpb:.4f}", split="val", bpb=bpb)
+            with session.evaluation("validation"):
+                pairs = first_batches(open_loader("val"), eval_batches)
+                bpb = evaluate_bpb(trained, pairs, token_bytes, runtime)
+                state.min_bpb = min(state.min_bpb, bpb)
+                session.log("eval", f"validation bpb {bpb:.4f}", split="val", bpb=bpb)
         if core_tasks and (last or due(step, settings.core_metric_every)):
-            max_per_task = settings.core_metric_max_per_task
-            core = core_metric(model, tokenizer, core_tasks, runtime, max_per_task)
-            session.log("core", f"CORE {core:.4f}", core=core, max_per_task=max_per_task)
+            with session.evaluation("CORE"):
+                max_per_task = settings.core_metric_max_per_task
+                core = core_metric(model, tokenizer, core_tasks, runtime, max_per_task)
+                session.log("core", f"CORE {core:.4f}", core=core, max_per_task=max_per_task)
         if runtime.is_main and (last or due(step, settings.sample_every)):
-            print_samples(model, tokenizer, session)
-        if last or stop.agreed(runtime):
+            with session.evaluation("sampling"):
+                print_samples(model, tokenizer, session)
+        if last or session.stopped:
             break
 
         # one optimizer step: the batches are counted in its time, because waiting for data is
         # part of what a step costs
-        numerics.begin_step(step)
-        begun = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(accumulation)]
-        state.loader_state = micro_batches[-1].state
-        scale = schedule.lr_scale(
-            step,
-            session.num_iterations,
-            settings.warmup_ratio,
-            settings.warmdown_ratio,
-            settings.final_lr_frac,
-        )
-        session.set_rates(scale)
-        pairs = [(batch.inputs, batch.targets) for batch in micro_batches]
-        result = train_step(trained, state.optimizers, pairs, runtime, settings.grad_clip)
-        session.log_step(result, begun, scale)
+        with session.training():
+            numerics.begin_step(step)
+            begun = time.perf_counter()
+            micro_batches = [next(batches) for _ in range(accumulation)]
+            scale = schedule.lr_scale(
+                step,
+                session.num_iterations,
+                settings.warmup_ratio,
+                settings.warmdown_ratio,
+                settings.final_lr_frac,
+            )
+            session.set_rates(scale)
+            pairs = [(batch.inputs, batch.targets) for batch in micro_batches]
+            result = train_step(trained, state.optimizers, pairs, runtime, settings.grad_clip)
+            state.loader_state = micro_batches[-1].state  # not before: a signal may undo the step
+            session.log_step(result, begun, scale)
 
     batches.close()
-    session.finish(None if last else stop, min_bpb=state.min_bpb)
+    session.finish(min_bpb=state.min_bpb)
 
 
 def horizon(settings: Settings, model: GPT) -> int:

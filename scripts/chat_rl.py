@@ -6,8 +6,7 @@ torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl --num_samples=16 --r
 
 import copy
 import time
-from dataclasses import dataclass
-from statistics import mean
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -68,7 +67,7 @@ class Settings(TrainingSettings):
 def main() -> None:
     # Settings: what this run is, where it runs, and which kernels it uses.
     settings = configurator.load(Settings)
-    runtime, stop, kernels = launch(settings)
+    runtime, kernels = launch(settings)
     examples_per_rank = share_of_step(settings.examples_per_step, runtime.world_size)
 
     # Build: tokenizer, the parent's model, problems, optimizers, records, the sampler.
@@ -98,50 +97,44 @@ def main() -> None:
         record={"parent": str(parent_path)},
         init_lr_frac=settings.init_lr_frac,
     )
-    state = session.state
-    sampler = Sampler(model, tokenizer, settings, runtime)
+    optimizers = session.state.optimizers
+    sampler = Sampler(model, tokenizer, settings, runtime, reference)
 
     # Loop: saving and evaluating happen between two steps; the last pass trains no more.
     freeze_garbage()
-    while True:
+    while not session.stopped:
         step, last = session.step, session.is_last
         # a checkpoint comes first: an evaluation may take long, and a kill must not cost the steps
         if last or due(step, settings.save_every):
             session.save()
         if last or step == 0 or due(step, settings.eval_every):
-            scores = sampler.evaluate(test_task)
-            text = " | ".join(f"{name} {score:.4f}" for name, score in scores.items())
-            session.log("eval", f"{settings.task} {text}", split="test", **scores)
-        if last or stop.agreed(runtime):
+            with session.evaluation("evaluation"):
+                scores = sampler.evaluate(test_task)
+                text = " | ".join(f"{name} {score:.4f}" for name, score in scores.items())
+                session.log("eval", f"{settings.task} {text}", split="test", **scores)
+        if last or session.stopped:
             break
 
-        # sample: every rank answers its own problems with the weights of this moment
-        begun = time.perf_counter()
-        first = step * settings.examples_per_step + runtime.rank * examples_per_rank
-        rollouts = [
-            sampler.rollout(train_task, problem, reference)
-            for problem in range(first, first + examples_per_rank)
-        ]
-        batches = [batch for rollout in rollouts for batch in rollout.batches]
-        # reinforce: one step, or several on the same answers, which is what the clip is for
-        scale = schedule.lr_scale(step, num_iterations, 0.0, 1.0, 0.0)
-        session.set_rates(scale)
-        result = [
-            train_step(model, state.optimizers, batches, runtime, settings.grad_clip, policy_loss)
-            for _ in range(settings.updates_per_batch)
-        ][-1]
-        sampler.engine.update_weights()
-        # report: means over the answers of all ranks, each of which has equally many
-        rewards = [reward for rollout in rollouts for reward in rollout.rewards]
-        lengths = [length for rollout in rollouts for length in rollout.lengths]
-        means = torch.tensor([mean(rewards), mean(lengths)], device=runtime.device)
-        reward, length = (runtime.all_reduce(means) / runtime.world_size).tolist()
-        sampled = round(length * settings.num_samples * settings.examples_per_step)
-        session.meter.tokens_per_step = sampled
-        note = f"reward {reward:.4f} | length {length:.1f}"
-        session.log_step(result, begun, scale, note, reward=reward, length=length)
+        with session.training():
+            # sample: every rank answers its own problems with the weights of this moment
+            begun = time.perf_counter()
+            first = step * settings.examples_per_step + runtime.rank * examples_per_rank
+            batches, reward, length = sampler.rollouts(train_task, first, examples_per_rank)
+            # reinforce: one step, or several on the same answers, which is what the clip is for;
+            # once the first update is made, no signal keeps the step from being finished
+            scale = schedule.lr_scale(step, num_iterations, 0.0, 1.0, 0.0)
+            session.set_rates(scale)
+            clip, finishing = settings.grad_clip, replace(runtime, stop=None)
+            result = train_step(model, optimizers, batches, runtime, clip, policy_loss)
+            for _ in range(settings.updates_per_batch - 1):
+                result = train_step(model, optimizers, batches, finishing, clip, policy_loss)
+            sampler.engine.update_weights()
+            sampled = round(length * settings.num_samples * settings.examples_per_step)
+            session.meter.tokens_per_step = sampled
+            note = f"reward {reward:.4f} | length {length:.1f}"
+            session.log_step(result, begun, scale, note, reward=reward, length=length)
 
-    session.finish(None if last else stop)
+    session.finish()
 
 
 @dataclass(frozen=True)
@@ -157,9 +150,15 @@ class Sampler:
     """Answers of the model as it is, for training and for evaluation."""
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, settings: Settings, runtime: Runtime
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        settings: Settings,
+        runtime: Runtime,
+        reference: GPT | None,
     ) -> None:
         self.model = model
+        self.reference = reference
         self.tokenizer = tokenizer
         self.settings = settings
         self.runtime = runtime
@@ -175,7 +174,31 @@ class Sampler:
             prompt, count, settings.max_new_tokens, settings.temperature, settings.top_k, seed
         )
 
-    def rollout(self, task: Task, problem: int, reference: GPT | None) -> Rollout:
+    def rollouts(
+        self, task: Task, first: int, count: int
+    ) -> tuple[list[PolicyBatch], float, float]:
+        """Training batches of `count` problems from `first` on; mean reward and tokens of an answer
+        over all ranks, each of which has equally many.
+
+        Raises  as Runtime.sum_over_ranks does.
+        """
+        batches: list[PolicyBatch] = []
+
+        def of_this_rank() -> torch.Tensor:
+            sums = torch.zeros(2, dtype=torch.float64)
+            for problem in range(first, first + count):
+                self.runtime.check_stop()
+                rollout = self.rollout(task, problem)
+                batches.extend(rollout.batches)
+                sums[0] += sum(rollout.rewards)
+                sums[1] += sum(rollout.lengths)
+            return sums
+
+        reward, length = self.runtime.sum_over_ranks(2, of_this_rank)
+        answers = count * self.settings.num_samples * self.runtime.world_size
+        return batches, reward / answers, length / answers
+
+    def rollout(self, task: Task, problem: int) -> Rollout:
         """Answer a problem of the task, which repeats after its last, and reward the answers."""
         settings, device = self.settings, self.runtime.device
         conversation = task[problem % len(task)]
@@ -194,8 +217,8 @@ class Sampler:
             with torch.no_grad():
                 if settings.clip:
                     batch = batch._replace(old_logp=log_probabilities(self.model, inputs, targets))
-                if reference is not None:
-                    logp = log_probabilities(reference, inputs, targets)
+                if self.reference is not None:
+                    logp = log_probabilities(self.reference, inputs, targets)
                     batch = batch._replace(reference_logp=logp)
             batches.append(batch)
         return Rollout(batches, rewards, [sum(mask) for mask in masks])
@@ -205,19 +228,23 @@ class Sampler:
         settings, runtime = self.settings, self.runtime
         count = min(settings.eval_examples, len(task))
         ks = [k for k in range(1, settings.eval_samples + 1) if k & (k - 1) == 0]
+
         # the sum of each pass@k, then the number of problems; ranks take every world_size-th one
-        sums = torch.zeros(len(ks) + 1, dtype=torch.float64, device=runtime.device)
-        for index in range(runtime.rank, count, runtime.world_size):
-            conversation = task[index]
-            prompt = render_for_completion(self.tokenizer, conversation)
-            sequences, _ = self.sample(prompt, settings.eval_samples, settings.seed + index)
-            texts = [self.tokenizer.decode(ids[len(prompt) :]) for ids in sequences]
-            num_right = sum(bool(task.evaluate(conversation, text)) for text in texts)
-            values = [pass_at_k(settings.eval_samples, num_right, k) for k in ks]
-            sums += torch.tensor([*values, 1.0], dtype=torch.float64, device=runtime.device)
-        runtime.all_reduce(sums)
-        total = max(1.0, sums[-1].item())
-        return {f"pass@{k}": sums[i].item() / total for i, k in enumerate(ks)}
+        def of_this_rank() -> torch.Tensor:
+            sums = torch.zeros(len(ks) + 1, dtype=torch.float64)
+            for index in range(runtime.rank, count, runtime.world_size):
+                runtime.check_stop()
+                conversation = task[index]
+                prompt = render_for_completion(self.tokenizer, conversation)
+                sequences, _ = self.sample(prompt, settings.eval_samples, settings.seed + index)
+                texts = [self.tokenizer.decode(ids[len(prompt) :]) for ids in sequences]
+                num_right = sum(bool(task.evaluate(conversation, text)) for text in texts)
+                values = [pass_at_k(settings.eval_samples, num_right, k) for k in ks]
+                sums += torch.tensor([*values, 1.0], dtype=torch.float64)
+            return sums
+
+        *passed, total = runtime.sum_over_ranks(len(ks) + 1, of_this_rank)
+        return {f"pass@{k}": value / max(1.0, total) for k, value in zip(ks, passed, strict=True)}
 
 
 def share_of_step(examples_per_step: int, world_size: int) -> int:

@@ -54,7 +54,7 @@ class Settings(TrainingSettings):
 def main() -> None:
     # Settings: what this run is, where it runs, and which kernels it uses.
     settings = configurator.load(Settings)
-    runtime, stop, kernels = launch(settings)
+    runtime, kernels = launch(settings)
 
     # Build: tokenizer, the parent's model, conversations, optimizers, records.
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
@@ -114,33 +114,36 @@ def main() -> None:
     # Loop: saving and evaluating happen between two steps; the last pass trains no more.
     batches = open_loader(train_data, state.loader_state)
     freeze_garbage()
-    while True:
+    while not session.stopped:
         step, last = session.step, session.is_last
         # a checkpoint comes first: an evaluation may take long, and a kill must not cost the steps
         if last or due(step, settings.save_every):
             session.save()
         if last or step == 0 or due(step, settings.eval_every):
-            pairs = first_batches(open_loader(val_data), settings.eval_steps)
-            val_loss = evaluate_loss(trained, pairs, runtime)
-            session.log("eval", f"validation loss {val_loss:.4f}", split="val", loss=val_loss)
+            with session.evaluation("validation"):
+                pairs = first_batches(open_loader(val_data), settings.eval_steps)
+                val_loss = evaluate_loss(trained, pairs, runtime)
+                session.log("eval", f"validation loss {val_loss:.4f}", split="val", loss=val_loss)
         if last or due(step, settings.eval_metrics_every):
-            run_tests(tests, model, tokenizer, session, settings)
-        if last or stop.agreed(runtime):
+            with session.evaluation("tests"):
+                run_tests(tests, model, tokenizer, session, settings)
+        if last or session.stopped:
             break
 
         # one optimizer step; the rates fall to 0 from the first on, so that the little data there
         # is moves the model less and less
-        begun = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(accumulation)]
-        state.loader_state = micro_batches[-1].state
-        scale = schedule.lr_scale(step, num_iterations, 0.0, 1.0, 0.0)
-        session.set_rates(scale)
-        pairs = [(batch.inputs, batch.targets) for batch in micro_batches]
-        result = train_step(trained, state.optimizers, pairs, runtime, settings.grad_clip)
-        session.log_step(result, begun, scale)
+        with session.training():
+            begun = time.perf_counter()
+            micro_batches = [next(batches) for _ in range(accumulation)]
+            scale = schedule.lr_scale(step, num_iterations, 0.0, 1.0, 0.0)
+            session.set_rates(scale)
+            pairs = [(batch.inputs, batch.targets) for batch in micro_batches]
+            result = train_step(trained, state.optimizers, pairs, runtime, settings.grad_clip)
+            state.loader_state = micro_batches[-1].state  # not before: a signal may undo the step
+            session.log_step(result, begun, scale)
 
     batches.close()
-    session.finish(None if last else stop)
+    session.finish()
 
 
 def run_tests(

@@ -44,7 +44,7 @@ class Settings(TrainingSettings):
 def main() -> None:
     # Settings: what this run is, where it runs, and which kernels it uses.
     settings = configurator.load(Settings)
-    runtime, stop, kernels = launch(settings)
+    runtime, kernels = launch(settings)
 
     # Build: tokenizer, base model, conversations, optimizers, records.
     tokenizer = get_tokenizer(settings.tokenizer_dir or None)
@@ -106,31 +106,33 @@ def main() -> None:
     # Loop: saving and evaluating happen between two steps; the last pass trains no more.
     batches = open_loader(train_data, state.loader_state)
     freeze_garbage()
-    while True:
+    while not session.stopped:
         step, last = session.step, session.is_last
         # a checkpoint comes first: an evaluation may take long, and a kill must not cost the steps
         if last or due(step, settings.save_every):
             session.save()
         if last or step == 0 or due(step, settings.eval_every):
-            pairs = first_batches(open_loader(val_data), eval_batches)
-            bpb = evaluate_bpb(trained, pairs, token_bytes, runtime)
-            state.min_bpb = min(state.min_bpb, bpb)
-            session.log("eval", f"validation bpb {bpb:.4f}", split="val", bpb=bpb)
-        if last or stop.agreed(runtime):
+            with session.evaluation("validation"):
+                pairs = first_batches(open_loader(val_data), eval_batches)
+                bpb = evaluate_bpb(trained, pairs, token_bytes, runtime)
+                state.min_bpb = min(state.min_bpb, bpb)
+                session.log("eval", f"validation bpb {bpb:.4f}", split="val", bpb=bpb)
+        if last or session.stopped:
             break
 
         # one optimizer step; the rates hold, then fall to 0: the base run has warmed up already
-        begun = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(accumulation)]
-        state.loader_state = micro_batches[-1].state
-        scale = schedule.lr_scale(step, num_iterations, 0.0, settings.warmdown_ratio, 0.0)
-        session.set_rates(scale)
-        pairs = [(batch.inputs, batch.targets) for batch in micro_batches]
-        result = train_step(trained, state.optimizers, pairs, runtime, settings.grad_clip)
-        session.log_step(result, begun, scale)
+        with session.training():
+            begun = time.perf_counter()
+            micro_batches = [next(batches) for _ in range(accumulation)]
+            scale = schedule.lr_scale(step, num_iterations, 0.0, settings.warmdown_ratio, 0.0)
+            session.set_rates(scale)
+            pairs = [(batch.inputs, batch.targets) for batch in micro_batches]
+            result = train_step(trained, state.optimizers, pairs, runtime, settings.grad_clip)
+            state.loader_state = micro_batches[-1].state  # not before: a signal may undo the step
+            session.log_step(result, begun, scale)
 
     batches.close()
-    session.finish(None if last else stop, min_bpb=state.min_bpb)
+    session.finish(min_bpb=state.min_bpb)
 
 
 if __name__ == "__main__":

@@ -243,6 +243,7 @@ def evaluate_task(
     """Accuracy of the model on a task, over all ranks.
 
     batch_tokens  positions, including padding, that pass the model together.
+    Raises        as Runtime.sum_over_ranks does.
     """
     data = task.load()
     random.Random(SHUFFLE_SEED).shuffle(data)
@@ -252,11 +253,15 @@ def evaluate_task(
     limit = model.config.sequence_len
     examples = [make_example(tokenizer, task, data, index, limit) for index in indices]
     by_loss = task.kind != "language_modeling"
-    right = 0
-    for batch in batches(examples, batch_tokens, limit):
-        right += sum(score_examples(model, batch, by_loss))
-    counts = torch.tensor([right, len(examples)], device=runtime.device)
-    total_right, total = runtime.all_reduce(counts).tolist()
+
+    def of_this_rank() -> Tensor:
+        right = 0
+        for batch in batches(examples, batch_tokens, limit):
+            runtime.check_stop()
+            right += sum(score_examples(model, batch, by_loss))
+        return torch.tensor([right, len(examples)], dtype=torch.float64)
+
+    total_right, total = runtime.sum_over_ranks(2, of_this_rank)
     return total_right / total
 
 

@@ -24,19 +24,21 @@ def evaluate_bpb(
     token_bytes  (vocab_size,) UTF-8 bytes of each token, 0 for special tokens, which do not count;
                  neither do targets of -1.
     Returns      inf if no target has bytes.
+    Raises       as Runtime.sum_over_ranks does.
     """
-    nats = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    total_bytes = torch.zeros((), dtype=torch.int64, device=runtime.device)
-    for inputs, targets in batches:
-        loss = model(inputs, targets, loss_reduction="none")
-        num_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
-        nats += torch.where(num_bytes > 0, loss, 0).sum(dtype=torch.float64)
-        total_bytes += num_bytes.sum()
-    runtime.all_reduce(nats)
-    runtime.all_reduce(total_bytes)
-    if total_bytes.item() == 0:
-        return math.inf
-    return nats.item() / (math.log(2) * total_bytes.item())
+
+    def of_this_rank() -> Tensor:
+        sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+        for inputs, targets in batches:
+            runtime.check_stop()
+            loss = model(inputs, targets, loss_reduction="none")
+            num_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
+            sums[0] += torch.where(num_bytes > 0, loss, 0).sum(dtype=torch.float64)
+            sums[1] += num_bytes.sum()
+        return sums
+
+    nats, total_bytes = runtime.sum_over_ranks(2, of_this_rank)
+    return nats / (math.log(2) * total_bytes) if total_bytes else math.inf
 
 
 @torch.no_grad()
@@ -45,13 +47,16 @@ def evaluate_loss(
 ) -> float:
     """Nats per target of `model` over (inputs, targets) batches, over all ranks.
 
-    Targets of -1 do not count. Returns inf if none counts.
+    Targets of -1 do not count. Returns inf if none counts. Raises as Runtime.sum_over_ranks does.
     """
-    nats = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    count = torch.zeros((), dtype=torch.int64, device=runtime.device)
-    for inputs, targets in batches:
-        nats += model(inputs, targets, loss_reduction="sum").double()
-        count += (targets >= 0).sum()
-    runtime.all_reduce(nats)
-    runtime.all_reduce(count)
-    return nats.item() / count.item() if count.item() else math.inf
+
+    def of_this_rank() -> Tensor:
+        sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+        for inputs, targets in batches:
+            runtime.check_stop()
+            sums[0] += model(inputs, targets, loss_reduction="sum").double()
+            sums[1] += (targets >= 0).sum()
+        return sums
+
+    nats, count = runtime.sum_over_ranks(2, of_this_rank)
+    return nats / count if count else math.inf

@@ -74,23 +74,28 @@ def evaluate_categorical(
     """Share of problems whose right letter has the largest logit among the problem's letters.
 
     Problems are padded on the right and answered `batch_size` at a time, shared over the ranks.
-    Raises  ValueError if a letter is not one token.
+    Raises  ValueError if a letter is not one token; otherwise as Runtime.sum_over_ranks does.
     """
-    right = too_long = answered = 0
-    for batch in _batches(tokenizer, task, share(task, runtime, max_problems), batch_size):
-        answered += len(batch)
-        fitting = [(c, ids) for c, ids in batch if len(ids) <= model.config.sequence_len]
-        too_long += len(batch) - len(fitting)
-        if not fitting:
-            continue
-        # padding is on the right, so it does not change the logits at a prompt's last token
-        logits = _last_logits(model, [ids for _, ids in fitting])
-        for (conversation, _), row in zip(fitting, logits, strict=True):
-            letters = conversation["letters"]
-            letter_ids = [_letter_token(tokenizer, letter) for letter in letters]
-            best = int(row[letter_ids].argmax())
-            right += bool(task.evaluate(conversation, letters[best]))
-    return Accuracy(*total([answered, right, too_long], runtime))
+
+    def of_this_rank() -> Tensor:
+        right = too_long = answered = 0
+        for batch in _batches(tokenizer, task, share(task, runtime, max_problems), batch_size):
+            runtime.check_stop()
+            answered += len(batch)
+            fitting = [(c, ids) for c, ids in batch if len(ids) <= model.config.sequence_len]
+            too_long += len(batch) - len(fitting)
+            if not fitting:
+                continue
+            # padding is on the right, so it does not change the logits at a prompt's last token
+            logits = _last_logits(model, [ids for _, ids in fitting])
+            for (conversation, _), row in zip(fitting, logits, strict=True):
+                letters = conversation["letters"]
+                letter_ids = [_letter_token(tokenizer, letter) for letter in letters]
+                best = int(row[letter_ids].argmax())
+                right += bool(task.evaluate(conversation, letters[best]))
+        return torch.tensor([answered, right, too_long], dtype=torch.float64)
+
+    return Accuracy(*map(int, runtime.sum_over_ranks(3, of_this_rank)))
 
 
 def evaluate_generative(

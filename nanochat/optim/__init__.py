@@ -5,5 +5,5 @@
     adamw      AdamW, and DistAdamW on shards of the parameters
     muon       Muon: momentum orthogonalised by Newton-Schulz, and DistMuon
 
-May import: kernels.
+May import: common, kernels.
 """

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from nanochat.common import collective
+
 
 def reduce_scatter_mean(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
     """Start averaging `tensor` over all ranks: (this rank's slice of dim 0, wait).
@@ -29,11 +31,13 @@ def reduce_scatter_mean(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
     """
     world_size = dist.get_world_size()
     shard = tensor.new_empty((tensor.shape[0] // world_size, *tensor.shape[1:]))
-    work = dist.reduce_scatter_tensor(shard, tensor, async_op=True)
+    with collective():
+        work = dist.reduce_scatter_tensor(shard, tensor, async_op=True)
     assert work is not None
 
     def wait() -> None:
-        work.wait()
+        with collective():
+            work.wait()
         shard.div_(world_size)
 
     return shard, wait
@@ -44,11 +48,13 @@ def all_gather(shard: Tensor, output: Tensor) -> Callable[[], None]:
 
     Both contiguous; neither may be touched before wait() returns.
     """
-    work = dist.all_gather_into_tensor(output, shard, async_op=True)
+    with collective():
+        work = dist.all_gather_into_tensor(output, shard, async_op=True)
     assert work is not None
 
     def wait() -> None:
-        work.wait()
+        with collective():
+            work.wait()
 
     return wait
 

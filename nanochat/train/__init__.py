@@ -9,6 +9,6 @@
     rehearsal          a step on the meta device: what it would allocate
     policy_gradient    advantages and token losses of reinforcement learning
 
-May import: common, gpt, hardware, kernels, optim, profiler, scaling,
+May import: command, common, gpt, hardware, kernels, optim, profiler, scaling,
             settings, stages, text, tracking.
 """

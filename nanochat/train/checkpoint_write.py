@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,6 +39,10 @@ class CheckpointWriteError(OSError):
     """A checkpoint could not be written; the ones before it are untouched."""
 
 
+class NotFiniteError(Exception):
+    """A checkpoint was not written because it would have held NaN or infinities."""
+
+
 def save(
     stage_dir: Path,
     tag: str,
@@ -55,8 +59,9 @@ def save(
     rank_state   what differs by rank: optimizer shard, data position, random state.
     meta         plain values for meta.json; non-finite numbers become null.
     keep_last    how many steps of this tag stay; older ones are deleted; None or 0 keeps all.
-    Raises  ValueError for a bad tag or keep_last; CheckpointWriteError on every rank if any rank
-            could not write. Ranks must share the file system.
+    Raises  ValueError for a bad tag or keep_last; on every rank NotFiniteError if a floating-point
+            tensor of any rank is not finite, CheckpointWriteError if any rank could not write.
+            Ranks must share the file system.
     """
     check_tag(tag)
     if keep_last is not None and keep_last < 0:
@@ -65,9 +70,18 @@ def save(
     tag_dir = stage_dir / tag
     target = tag_dir / f"{step:06d}"
     temporary = tag_dir / f".tmp-{step:06d}"
-    own_bytes = _num_bytes(rank_state) + (_num_bytes(model_state) if runtime.is_main else 0)
-    total = torch.tensor(own_bytes, dtype=torch.int64, device=runtime.device)
-    bytes_needed = int(runtime.all_reduce(total)) + SPARE_BYTES
+    own_state = [rank_state, model_state] if runtime.is_main else [rank_state]
+    own_bytes, not_finite = _num_bytes(own_state), _not_finite([rank_state, model_state])
+    totals = torch.tensor([own_bytes, len(not_finite)], device=runtime.device)
+    bytes_needed, num_not_finite = runtime.all_reduce(totals).tolist()
+    bytes_needed += SPARE_BYTES
+    if num_not_finite:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in not_finite[:3])
+        where = f"{len(not_finite)} of them here, of the shapes {shapes}" if shapes else "none here"
+        raise NotFiniteError(
+            f"checkpoint {target} was not written: NaN or infinities in {num_not_finite} tensors "
+            f"of weights and optimizer state over all ranks ({where})"
+        )
     states = {f"optim_rank{runtime.rank}.pt": dict(rank_state)}
     main_actions = (lambda: None, lambda: None)
     if runtime.is_main:
@@ -168,20 +182,31 @@ def _on_every_rank(
     ) from failure
 
 
-def _num_bytes(state: object) -> int:
-    """Bytes of the tensors in nested containers; one storage in many places counts once."""
-    storages: dict[int, int] = {}
+def _tensors(state: object) -> Iterator[Tensor]:
+    """The tensors in nested containers."""
     pending = [state]
     while pending:
         item = pending.pop()
         if isinstance(item, Tensor):
-            storage = item.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            yield item
         elif isinstance(item, Mapping):
             pending.extend(item.values())
         elif isinstance(item, list | tuple):
             pending.extend(item)
-    return sum(storages.values())
+
+
+def _num_bytes(state: object) -> int:
+    """Bytes of the tensors in nested containers; one storage in many places counts once."""
+    storages = (tensor.untyped_storage() for tensor in _tensors(state))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _not_finite(state: object) -> list[Tensor]:
+    """Floating-point tensors with a NaN or an infinity; read in one pass and without a copy."""
+    tensors = [t.detach() for t in _tensors(state) if t.is_floating_point() and t.numel()]
+    # the smallest and the largest element are finite if all are: aminmax passes a NaN on
+    flags = [torch.stack(t.aminmax()).isfinite().all().cpu() for t in tensors]
+    return [tensor for tensor, finite in zip(tensors, flags, strict=True) if not finite]
 
 
 def _sync_directory(path: Path) -> None:

@@ -1,7 +1,6 @@
 """Build a model, load one, and the state of a run as a checkpoint holds it."""
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from nanochat import hardware, scaling
+from nanochat.command import RunFailedError
 from nanochat.common import Runtime, print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels.registry import Choice
@@ -96,7 +96,10 @@ def find_resume(
 class TrainState:
     """Everything that decides how a run continues; saved and restored as a whole.
 
-    loader_state  of the last batch trained on; None before the first.
+    loader_state      of the last batch used; None before the first.
+    saved_step, saved_at  step and folder of this run's newest checkpoint; -1 and None before it.
+    skipped           steps without an update because their loss or gradient was not finite.
+    skipped_in_a_row  up to now.
     """
 
     model: GPT
@@ -107,8 +110,11 @@ class TrainState:
     meta: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     saved_step: int = -1
+    saved_at: Path | None = None
     min_bpb: float = math.inf
     loader_state: dict[str, Any] | None = None
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError for a tag that no checkpoint can have, before anything is trained."""
@@ -119,7 +125,10 @@ class TrainState:
         return checkpoint_read.stage_dir(runtime.base_dir, self.stage) / self.tag
 
     def save(self, runtime: Runtime, keep_last: int) -> None:
-        """Write a checkpoint of this step, once. keep_last 0 or less keeps all."""
+        """Write a checkpoint of this step, once. keep_last 0 or less keeps all.
+
+        Raises  RunFailedError where weights or optimizer state are not finite: nothing is written.
+        """
         if self.saved_step == self.step:
             return
         rank_state = {
@@ -128,22 +137,29 @@ class TrainState:
             "rng": torch.get_rng_state(),
             "meter": self.meter.state(),
             "min_bpb": self.min_bpb,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
         }
         meta = self.meta | {
             "stage": self.stage,
             "model_config": asdict(self.model.config),
             "num_iterations": self.meter.num_iterations,
         }
-        checkpoint_write.save(
-            checkpoint_read.stage_dir(runtime.base_dir, self.stage),
-            self.tag,
-            self.step,
-            self.model.state_dict(),
-            rank_state,
-            meta,
-            runtime,
-            keep_last if keep_last > 0 else None,
-        )
+        try:
+            self.saved_at = checkpoint_write.save(
+                checkpoint_read.stage_dir(runtime.base_dir, self.stage),
+                self.tag,
+                self.step,
+                self.model.state_dict(),
+                rank_state,
+                meta,
+                runtime,
+                keep_last if keep_last > 0 else None,
+            )
+        except checkpoint_write.NotFiniteError as error:
+            raise RunFailedError(
+                f"{error}. {self.what_is_saved()}, with lower rates or --grad_clip=1.0"
+            ) from error
         self.saved_step = self.step
 
     def restore(self, path: Path, runtime: Runtime) -> None:
@@ -168,18 +184,18 @@ class TrainState:
         torch.set_rng_state(state["rng"])
         self.meter.restore(state["meter"])
         self.step = self.saved_step = meta["step"]
+        self.saved_at = path
         self.min_bpb = state["min_bpb"]
+        self.skipped = state.get("skipped", 0)  # checkpoints of before skipping have none
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.loader_state = state["loader"]
         print0(f"resuming from {path}")
 
-    def check_finite(self, loss: float, grad_norm: float, runtime: Runtime) -> None:
-        """Leave the program, checkpoints untouched, where a step made the weights useless."""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            sys.exit(
-                f"step {self.step}: loss {loss}, gradient norm {grad_norm}: the weights are lost. "
-                f"The last checkpoint in {self.directory(runtime)} is untouched: --resume from it "
-                "with lower rates or --grad_clip=1.0"
-            )
+    def what_is_saved(self) -> str:
+        """Where to continue after a failure, in words."""
+        if self.saved_at is None:
+            return "No checkpoint was written yet: start again"
+        return f"The checkpoint {self.saved_at} is untouched: --resume from it"
 
 
 def due(step: int, every: int) -> bool:

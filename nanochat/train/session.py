@@ -1,17 +1,19 @@
 """What the four training scripts do alike around the loops they keep.
 
-runtime, stop, kernels = session.launch(settings)
+runtime, kernels = session.launch(settings)
 run = Session(...)                 optimizers, resumed state, records
-while True:                        the loop: it stays in the script
+while not run.stopped:             the loop: it stays in the script
     ...
-    run.log_step(train_step(...), ...)
-run.finish(last)
+    with run.training():
+        run.log_step(train_step(...), ...)
+run.finish()
 """
 
 import itertools
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Protocol, cast
 
@@ -19,7 +21,15 @@ import torch
 from torch import Tensor
 
 from nanochat import stages
-from nanochat.common import Runtime, StopRequest, print0, setup_training
+from nanochat.command import RunFailedError
+from nanochat.common import (
+    COLLECTIVE_TIMEOUT,
+    Runtime,
+    StoppedError,
+    StopRequest,
+    print0,
+    setup_training,
+)
 from nanochat.gpt import GPT
 from nanochat.kernels.optional_triton import compile_refusal
 from nanochat.kernels.registry import Choice, format_choices, select
@@ -32,6 +42,7 @@ from nanochat.settings import (
     CountOrMinusOne,
     Device,
     NonNegative,
+    Positive,
     Range,
     Seed,
 )
@@ -56,24 +67,29 @@ class TrainingSettings:
     newton_schulz: Annotated[str, Choices(COEFFICIENTS)] = "muon"  # Muon's Newton-Schulz polynomial
     weight_decay: NonNegative = 0.0  # decoupled decay of embedding and head
     grad_clip: NonNegative = 0.0  # largest global gradient norm; 0 does not clip
+    max_skipped_steps: Count = 10  # steps in a row without finite loss and gradient that end a run
     eval_every: CountOrMinusOne = 250  # steps between validations; -1 validates only at the end
     save_every: CountOrMinusOne = -1  # steps between checkpoints; -1 saves only at the end
     keep_last: Annotated[int, Range(0, also=-1)] = 2  # newest checkpoints kept; 0 or -1 keeps all
     model_tag: str = ""  # folder of the checkpoints; empty is the parent model's
     resume: bool = False  # continue from the newest checkpoint of the tag, if there is one
     resume_from: str = ""  # continue from this checkpoint: file, folder, tag or step
+    collective_timeout: Positive = (
+        COLLECTIVE_TIMEOUT  # seconds that a rank waits for the others, then ends
+    )
     kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
     verbose: bool = False  # print why each operation runs as it does
     seed: Seed = 42  # of everything random
 
 
-def launch(settings: TrainingSettings) -> tuple[Runtime, StopRequest, list[Choice]]:
-    """Join the ranks, listen for signals, choose the kernels and print them."""
-    runtime = setup_training(settings.device, settings.seed)
-    stop = StopRequest()
+def launch(settings: TrainingSettings) -> tuple[Runtime, list[Choice]]:
+    """Listen for signals, join the ranks, choose the kernels and print them."""
+    runtime = setup_training(
+        settings.device, settings.seed, StopRequest(), settings.collective_timeout
+    )
     kernels = select(settings.kernels, runtime.device, runtime.dtype)
     print0(format_choices(kernels, settings.verbose))
-    return runtime, stop, kernels
+    return runtime, kernels
 
 
 class Session:
@@ -106,6 +122,7 @@ class Session:
     ) -> None:
         self.settings = settings
         self.runtime = runtime
+        self.stopped = False  # a rank was asked to stop, and all of them know
         self.num_iterations = num_iterations
         self.meter = Meter(
             tokens_per_step,
@@ -166,50 +183,122 @@ class Session:
         """Scale every rate, and set Muon's momentum to this step's."""
         set_rates(self.state.optimizers, lr_scale, schedule.muon_momentum(self.step))
 
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Around one step: a signal undoes it and sets `stopped`; memory that runs out ends the run
+        after a checkpoint of the steps before.
+
+        Raises  RunFailedError with what to lower. The ranks agree, as those of train_step do.
+        """
+        with self._interruptible() as caught:
+            yield
+        if caught:
+            self.save()
+            raise RunFailedError(
+                f"step {self.step}: out of memory ({caught[0]}). Lower --device_batch_size, now "
+                f"{self.settings.device_batch_size}: a step then has more micro-batches of fewer "
+                f"rows. {self.state.what_is_saved()}"
+            )
+
+    @contextmanager
+    def evaluation(self, name: str) -> Iterator[None]:
+        """Around what only looks at the model: a signal leaves it and sets `stopped`; where memory
+        runs out, the evaluation is left out and training goes on.
+
+        The ranks have to agree, as those of Runtime.sum_over_ranks do.
+        """
+        with self._interruptible() as caught:
+            yield
+        if caught:
+            text = f"{name} is left out: out of memory ({caught[0]})"
+            self.log("out_of_memory", text, during=name, reason=caught[0])
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[list[str]]:
+        """What a lack of memory said, if there was one; the memory is free again."""
+        caught: list[str] = []
+        try:
+            yield caught
+        except StoppedError:
+            self.stopped = True
+        except torch.OutOfMemoryError as error:
+            caught.append(str(error))
+        # by now the error is gone, and with it the frames that held the memory
+        if caught:
+            torch.cuda.empty_cache()
+
     def log_step(
         self, result: StepResult, begun: float, lr_scale: float, note: str = "", **more: float
     ) -> None:
         """Record one optimizer step, print its line, and count it.
 
-        begun  time.perf_counter() before its first batch; reading the loss waits for the device.
+        A skipped step counts too: its batch is used up, and the schedule goes on.
+        begun  time.perf_counter() before its first batch.
         note   further text of the console line; more are further values of the record.
+        Raises  RunFailedError after settings.max_skipped_steps skipped steps in a row.
         """
         loss, grad_norm = result.loss.item(), result.grad_norm.item()
+        if not result.finite:
+            self._log_skipped(loss, grad_norm)
+            return
+        self.state.skipped_in_a_row = 0
         values = self.meter.update(self.step, loss, time.perf_counter() - begun)
         values |= {"grad_norm": grad_norm, "lr_scale": lr_scale, **more}
         values |= {"memory_gib": peak_memory_gib(self.runtime)}
         self.tracker.log("train", self.step, **values)
         line = console_line(self.step, self.num_iterations, values)
         print0(f"{line} | {note}" if note else line)
-        self.state.check_finite(loss, grad_norm, self.runtime)
         self.state.step += 1
+
+    def _log_skipped(self, loss: float, grad_norm: float) -> None:
+        state, most = self.state, self.settings.max_skipped_steps
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        said = f"loss {loss}, gradient norm {grad_norm}"
+        self.log(
+            "skipped",
+            f"{said}: no update ({state.skipped_in_a_row} in a row, {state.skipped} in all)",
+            reason=said,
+            in_a_row=state.skipped_in_a_row,
+            in_all=state.skipped,
+        )
+        state.step += 1
+        if state.skipped_in_a_row >= most:
+            raise RunFailedError(
+                f"{most} steps in a row had no finite loss and gradient, the last of them step "
+                f"{self.step - 1}: {said}. None of them changed the weights. "
+                f"{state.what_is_saved()}, with lower rates or --grad_clip=1.0"
+            )
 
     def save(self) -> None:
         """Write a checkpoint of this step, once."""
         self.state.save(self.runtime, self.settings.keep_last)
 
-    def finish(self, stopped_by: StopRequest | None, **values: object) -> None:
+    def finish(self, **values: object) -> None:
         """End: the "end" record; or, where a signal ended the loop early, a checkpoint.
 
         values  of the record
         """
-        if stopped_by is None:
+        stop = self.runtime.stop
+        assert stop is not None, "launch() listens for signals"
+        if not self.stopped:
             self.tracker.log(
                 "end",
                 self.step,
                 wall_seconds=time.perf_counter() - self.started,
                 train_seconds=self.meter.seconds,
                 peak_memory_gib=peak_memory_gib(self.runtime),
+                skipped_steps=self.state.skipped,
                 **values,
             )
             print0(f"done: {self.state.directory(self.runtime)}")
         else:
             self.save()
-            print0(f"{stopped_by.name}: saved step {self.step}; continue with --resume")
+            print0(f"{stop.name}: saved step {self.step}; continue with --resume")
         self.tracker.close()
         self.runtime.close()
-        if stopped_by is not None:
-            sys.exit(stopped_by.exit_code)
+        if self.stopped:
+            sys.exit(stop.exit_code)
 
 
 class Batches(Protocol):

@@ -3,6 +3,8 @@
 import copy
 import io
 import socket
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import Parameter
 
+from nanochat.common import Runtime, StoppedError
 from nanochat.optim.adamw import AdamW, DistAdamW
 from nanochat.optim.muon import DistMuon, Muon
 from nanochat.optim.sharding import BucketOptimizer, all_gather, reduce_scatter_mean
+from nanochat.train.step import train_step
 
 pytestmark = pytest.mark.long
 
@@ -134,6 +138,52 @@ def check_state(rank: int, world_size: int) -> None:
     assert owned < total
 
 
+def check_steps_that_fail(rank: int, world_size: int) -> None:
+    """What one rank meets leaves the weights and the state of every rank as they were."""
+    model = torch.nn.Linear(4, 3)
+    torch.nn.init.ones_(model.weight)
+    weights = [model.weight, model.bias]
+    optimizers = [DistAdamW([model.bias]), DistMuon([model.weight])]
+    cpu, stop = torch.device("cpu"), SimpleNamespace(number=0)
+    runtime = Runtime(cpu, torch.float32, rank, rank, world_size, 0, Path(), stop)  # pyright: ignore[reportArgumentType]
+    batches = [(torch.full((2, 4), rank + 1.0), torch.zeros(2, dtype=torch.int64))] * 2
+    problem = ""
+
+    def loss_sum(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        loss = model(batch[0]).square().sum()
+        if rank == 1 and problem == "memory":
+            raise torch.OutOfMemoryError("none left")
+        return loss * torch.nan if rank == 1 and problem == "nan" else loss
+
+    def step() -> Any:
+        return train_step(model, optimizers, batches, runtime, loss_sum=loss_sum)
+
+    def everything() -> list[Any]:
+        states = [b.state for optimizer in optimizers for b in optimizer.buckets]
+        return copy.deepcopy([*weights, *states])
+
+    assert step().finite
+    before = everything()
+    problem = "nan"
+    assert not step().finite
+    problem = "memory"
+    with pytest.raises(torch.OutOfMemoryError, match=f"on 1 of {world_size} ranks"):
+        step()
+    problem = ""
+    stop.number = 15 if rank == 0 else 0
+    with pytest.raises(StoppedError):
+        step()
+    with pytest.raises(StoppedError):
+        runtime.sum_over_ranks(1, lambda: runtime.check_stop() or torch.ones(1))
+    stop.number = 0
+    assert str(everything()) == str(before)
+    assert step().finite
+    assert str(everything()) != str(before)
+    assert runtime.sum_over_ranks(2, lambda: torch.tensor([1.0, rank])) == [
+        world_size, world_size * (world_size - 1) / 2
+    ]  # fmt: skip
+
+
 def worker(rank: int, ports: dict[int, int]) -> None:
     """The same processes as 3 ranks, then as 2: importing torch is what takes the time."""
     torch.set_num_threads(1)
@@ -145,6 +195,7 @@ def worker(rank: int, ports: dict[int, int]) -> None:
             check_training(rank, world_size, clip=1e6)
             check_training(rank, world_size, clip=1.0)
             check_state(rank, world_size)
+            check_steps_that_fail(rank, world_size)
             dist.destroy_process_group()
 
 

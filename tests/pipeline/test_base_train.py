@@ -12,12 +12,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from nanochat.gpt import GPT
+from nanochat.optim import muon
 from nanochat.text.tokenizer import RustBPETokenizer
-from tests.support.runs import rows_of_tokens, run_here, sentences, write_shard
+from tests.support.runs import rows_of_tokens, run_here, sentences, training_losses, write_shard
 
 pytestmark = pytest.mark.long
 
@@ -213,16 +217,125 @@ def test_with_a_token_cache_any_number_of_ranks_sees_the_same_batches(world: Wor
     assert world.losses("cached2") == pytest.approx(world.losses("cached"), rel=1e-4)
 
 
-def test_lost_weights_stop_the_run_and_keep_the_checkpoint(world: World) -> None:
-    world.run("--model_tag=nan", "--num_iterations=3")
-    output = world.run(
-        "--model_tag=nan", "--resume", "--num_iterations=9", "--matrix_lr=1e36", code=1
-    )
-    assert "the weights are lost" in output
-    assert "--resume" in output
-    steps = [path.name for path in world.folder("nan").iterdir() if path.name.isdigit()]
-    assert steps == ["000003"]
-    assert all(torch.isfinite(w).all() for w in world.weights("nan", 3).values())
+def failure(world: World, *arguments: str) -> str:
+    """The message with which a run that began well ends."""
+    data = f"--data_dir={world.base_dir / 'text'}"
+    with pytest.raises(SystemExit) as error:
+        run_here(world.base_dir, "python -m scripts.base_train", *SMALL, data, *arguments)
+    assert str(error.value).startswith("1: "), error.value
+    assert "Traceback" not in str(error.value)
+    return " ".join(str(error.value).split())
+
+
+def steps_on_disk(world: World, tag: str) -> list[str]:
+    return sorted(path.name for path in world.folder(tag).iterdir() if path.name.isdigit())
+
+
+def test_lost_weights_are_not_saved(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update overflows; loss and gradient before it were finite."""
+    with monkeypatch.context() as patch:
+        patch.setattr(muon, "newton_schulz", lambda matrices, *_: matrices + torch.inf)
+        message = failure(world, "--model_tag=lost", "--num_iterations=1")
+    assert "000001 was not written: NaN or infinities" in message
+    assert "No checkpoint was written yet" in message
+    assert steps_on_disk(world, "lost") == []
+    world.run("--model_tag=lost", "--num_iterations=3")
+    monkeypatch.setattr(muon, "newton_schulz", lambda matrices, *_: matrices + torch.inf)
+    message = failure(world, "--model_tag=lost", "--resume", "--num_iterations=9")
+    assert "lost/000006 was not written" in message
+    assert "lost/000003 is untouched: --resume from it, with lower rates" in message
+    assert steps_on_disk(world, "lost") == ["000003"]
+    assert all(torch.isfinite(w).all() for w in world.weights("lost", 3).values())
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_counted(world: World, uninterrupted: str) -> None:
+    with training_losses(lambda number, loss: loss * torch.nan if number in (4, 12) else loss):
+        output = world.run("--model_tag=skips")
+    assert "loss nan, gradient norm nan: no update (1 in a row, 2 in all)" in output
+    assert [r["step"] for r in world.records("skips", "skipped")] == [2, 6]
+    assert len(world.losses("skips")) == 10
+    assert world.records("skips", "end")[-1]["skipped_steps"] == 2
+    assert all(torch.isfinite(w).all() for w in world.weights("skips").values())
+    assert world.losses("skips")[:2] == world.losses("whole")[:2]
+    # resumed in the middle of a row of skipped steps, it counts on
+    with training_losses(lambda number, loss: loss * torch.inf):
+        again = ("--model_tag=skips2", "--resume", "--save_every=1")
+        world.run(*again, "--num_iterations=2", "--max_skipped_steps=3")
+        message = failure(world, *again, "--max_skipped_steps=3")
+    assert "3 steps in a row had no finite loss and gradient, the last of them step 2" in message
+    assert "skips2/000002 is untouched" in message
+
+
+def test_too_little_memory_costs_no_step(world: World, uninterrupted: str) -> None:
+    def none_left(number: int, loss: torch.Tensor) -> torch.Tensor:
+        if number == 10:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return loss
+
+    with training_losses(none_left):
+        message = failure(world, "--model_tag=small", "--save_every=-1")
+    assert "out of memory (on 1 of 1 ranks). Lower --device_batch_size, now 2" in message
+    (step,) = steps_on_disk(world, "small")
+    assert f"small/{step} is untouched" in message
+    world.run("--model_tag=small", "--resume")
+    assert_same_weights(world.weights("small"), world.weights("whole"))
+
+
+def test_an_evaluation_without_memory_is_left_out(
+    world: World, uninterrupted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = GPT.forward
+
+    def none_left(model: GPT, *arguments: Any, **options: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, *arguments, **options)
+
+    monkeypatch.setattr(GPT, "forward", none_left)
+    output = world.run("--model_tag=blind", "--sample_every=6")
+    assert "validation is left out: out of memory" in output
+    assert "sampling is left out: out of memory" in output
+    assert len(world.records("blind", "out_of_memory")) == 4
+    assert_same_weights(world.weights("blind"), world.weights("whole"))
+
+
+def test_a_signal_undoes_the_step_it_falls_into(world: World, uninterrupted: str) -> None:
+    def signalled(number: int, loss: torch.Tensor) -> torch.Tensor:
+        if number == 10:  # the first micro-batch of step 5
+            signal.raise_signal(signal.SIGTERM)
+        return loss
+
+    data = f"--data_dir={world.base_dir / 'text'}"
+    run = (*SMALL, data, "--model_tag=undone", "--save_every=-1")
+    with training_losses(signalled), pytest.raises(SystemExit, match="143: ") as stopped:
+        run_here(world.base_dir, "python -m scripts.base_train", *run)
+    assert str(stopped.value).count("SIGTERM: saved step 5;") == 1
+    assert steps_on_disk(world, "undone") == ["000005"]
+    world.run("--model_tag=undone", "--resume")
+    assert_same_weights(world.weights("undone"), world.weights("whole"))
+    assert world.losses("undone") == world.losses("whole")
+
+
+def test_a_signal_during_an_evaluation_leaves_it(world: World, uninterrupted: str) -> None:
+    forward, passes = GPT.forward, []
+
+    def signalled(model: GPT, *arguments: Any, **options: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            passes.append(len(passes))
+            if len(passes) == 6:  # of the validation after step 6; the one before step 0 has 4
+                signal.raise_signal(signal.SIGTERM)
+        return forward(model, *arguments, **options)
+
+    with mock.patch.object(GPT, "forward", signalled), pytest.raises(SystemExit, match="143"):
+        run_here(
+            world.base_dir, "python -m scripts.base_train", *SMALL, "--eval_every=6",
+            f"--data_dir={world.base_dir / 'text'}", "--model_tag=looking",
+        )  # fmt: skip
+    assert len(passes) == 6
+    assert [r["step"] for r in world.records("looking", "eval")] == [0]
+    world.run("--model_tag=looking", "--resume", "--eval_every=6")
+    assert [r["step"] for r in world.records("looking", "eval")] == [0, 6, 12]
+    assert_same_weights(world.weights("looking"), world.weights("whole"))
 
 
 def test_bad_flags_end_the_process_with_2(world: World) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from nanochat.text.tokenizer import RustBPETokenizer
-from tests.support.runs import run_here
+from tests.support.runs import run_here, training_losses
 
 pytestmark = pytest.mark.long
 
@@ -174,7 +174,7 @@ def test_reinforcement_records_rewards_and_resumes_bit_for_bit(rl: World) -> Non
     assert_same(rl.weights("chatrl", "d2"), rl.weights("chatrl", "again"))
 
 
-@pytest.mark.parametrize(
+EACH_STAGE = pytest.mark.parametrize(
     ("script", "stage", "flags"),
     [
         ("mid_train", "mid", (*MID, "--base_checkpoint=base_checkpoints/latest.pt")),
@@ -182,6 +182,29 @@ def test_reinforcement_records_rewards_and_resumes_bit_for_bit(rl: World) -> Non
         ("chat_rl", "chatrl", (*RL, "--sft_checkpoint=chatsft_checkpoints/d2/000006")),
     ],
 )
+
+
+@EACH_STAGE
+def test_no_stage_takes_up_what_is_not_finite(
+    sft: World, script: str, stage: str, flags: tuple[str, ...]
+) -> None:
+    """One bad micro-batch skips its step; bad ones from then on end the run."""
+    tag = ("--model_tag=nan", "--save_every=1", "--max_skipped_steps=2", "--eval_every=-1")
+    with training_losses(lambda number, loss: loss * torch.nan if number == 1 else loss):
+        output = sft.run(script, *flags, *tag, "--num_iterations=2")
+    assert "gradient norm nan: no update (1 in a row, 1 in all)" in output
+    with (
+        training_losses(lambda number, loss: loss * torch.nan),
+        pytest.raises(SystemExit, match="2 steps in a row had no finite loss"),
+    ):
+        sft.run(script, *flags, *tag, "--resume")
+    assert len(sft.records(stage, "nan", "skipped")) == 3
+    for model in (sft.base_dir / f"{stage}_checkpoints" / "nan").glob("0*/model.pt"):
+        weights = torch.load(model, weights_only=True)
+        assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+@EACH_STAGE
 def test_a_killed_stage_goes_on_bit_for_bit(
     rl: World, script: str, stage: str, flags: tuple[str, ...]
 ) -> None:

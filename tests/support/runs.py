@@ -7,6 +7,7 @@ error arrives as the exception it is.
 import contextlib
 import gc
 import io
+import itertools
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +27,7 @@ import torch
 
 from nanochat import hardware
 from nanochat.data.dataloader import CUDAPrefetcher
+from nanochat.gpt import GPT
 from nanochat.kernels.registry import REGISTRY
 from nanochat.text.tokenizer import RustBPETokenizer
 from nanochat.tracking import Tracker
@@ -150,6 +152,19 @@ def process_restored() -> Iterator[None]:
         random.setstate(random_state)
         gc.unfreeze()
         gc.enable()
+
+
+@contextlib.contextmanager
+def training_losses(spoil: Callable[[int, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Send the losses that are trained on through `spoil`, with the number of the forward pass."""
+    forward, passes = GPT.forward, itertools.count()
+
+    def spoiled(model: GPT, *arguments: Any, **options: Any) -> torch.Tensor:
+        loss = forward(model, *arguments, **options)
+        return spoil(next(passes), loss) if torch.is_grad_enabled() else loss
+
+    with mock.patch.object(GPT, "forward", spoiled):
+        yield
 
 
 def records(run_dir: Path, kind: str, stage: str = "base") -> list[dict]:
