@@ -18,6 +18,7 @@ from typing import Any
 
 from nanochat import command, stages
 from nanochat.common import get_base_dir, replace_file
+from nanochat.profiler import breakdown
 from nanochat.tracking import METRICS_FILE, environment, read_records
 
 PLAN_ROWS = {
@@ -40,7 +41,7 @@ CURVES = (
     ("eval", "pass@1", "pass@1"),
 )
 # kinds of records with a section of their own; the last step of any other becomes a table
-SHOWN_ELSEWHERE = {"start", "resume", "plan", "train", "sample", "end"}
+SHOWN_ELSEWHERE = {"start", "resume", "plan", "train", "sample", "end", "profile"}
 # values of a record that are not results
 BOOKKEEPING = {"time", "run", "stage", "kind", "step", "settings", "environment"}
 STEADY_AFTER = (
@@ -154,6 +155,9 @@ def _stage_section(stage: str, records: list[Record], folder: Path) -> str:
     picture = _plot(stage, records, folder)
     if picture:
         parts.append(picture)
+    profiles = [r for r in records if r.get("kind") == "profile"]
+    for part in breakdown.tables(profiles[-1]) if profiles else ():
+        parts.append(f"### {part.title}\n\n{table(part.columns, part.rows)}")
     samples = _last_step([r for r in records if r.get("kind") == "sample"])
     if samples:
         rows = [(r.get("prompt"), r.get("text")) for r in samples]

@@ -1,9 +1,12 @@
 """Where time and memory go.
 
     throughput   tokens/s, both MFUs, peak memory, time left, of every step
+    timeline     events -> whose each nanosecond of a step is: stage, operation, or nobody's
+    capture      some steps under torch.profiler, with ranges that carry our names
+    breakdown    a profile as a record, and as tables: time, rates, speed of light, MFU, HFU
     ranges       which module, operation and optimizer runs
     memory       the bytes alive in a step by what they hold, and the moment of the peak
     allocator    the CUDA allocator's history, written at the end or when memory runs out
 
-May import: common, kernels.
+May import: common, hardware, kernels.
 """

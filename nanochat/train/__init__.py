@@ -5,6 +5,7 @@
     checkpoint_read    find a checkpoint by any name, check it, read it without running pickles
     checkpoint_write   a checkpoint appears whole, by one rename, or not at all
     run                build or load a model; the state of a run, saved and restored
+    profiling          --profile=N: which steps, and where the tables and the trace go
     session            settings and bookkeeping that the four training scripts share
     rehearsal          a step on the meta device: what it would allocate
     policy_gradient    advantages and token losses of reinforcement learning

@@ -40,6 +40,7 @@ from nanochat.settings import (
     Choices,
     Count,
     CountOrMinusOne,
+    CountOrZero,
     Device,
     NonNegative,
     Positive,
@@ -48,6 +49,7 @@ from nanochat.settings import (
 )
 from nanochat.text.tokenizer_base import Tokenizer
 from nanochat.tracking import Tracker
+from nanochat.train.profiling import StepProfile, announced
 from nanochat.train.run import TrainState, choices_record, device_peaks, find_resume
 from nanochat.train.step import StepResult, set_rates
 
@@ -78,6 +80,7 @@ class TrainingSettings:
         COLLECTIVE_TIMEOUT  # seconds that a rank waits for the others, then ends
     )
     kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
+    profile: CountOrZero = 0  # steady steps to profile: time by operation, MFU, HFU, a trace
     verbose: bool = False  # print why each operation runs as it does
     seed: Seed = 42  # of everything random
 
@@ -148,6 +151,8 @@ class Session:
         resumed = find_resume(stage, tag, settings.resume, settings.resume_from, runtime.base_dir)
         if resumed is not None:
             self.state.restore(resumed, runtime)
+        compiles = getattr(settings, "compile", False)
+        self.profile = StepProfile(settings.profile, self.state, num_iterations, runtime, compiles)
         self.tracker = Tracker(
             self.state.directory(runtime),
             runtime,
@@ -190,6 +195,7 @@ class Session:
 
         Raises  RunFailedError with what to lower. The ranks agree, as those of train_step do.
         """
+        self.profile.begin()
         with self._interruptible() as caught:
             yield
         if caught:
@@ -238,11 +244,14 @@ class Session:
         Raises  RunFailedError after settings.max_skipped_steps skipped steps in a row.
         """
         loss, grad_norm = result.loss.item(), result.grad_norm.item()
+        seconds = time.perf_counter() - begun
+        if profiled := self.profile.end(seconds, self.meter):
+            self.log("profile", announced(profiled, self.profile.folder), **profiled)
         if not result.finite:
             self._log_skipped(loss, grad_norm)
             return
         self.state.skipped_in_a_row = 0
-        values = self.meter.update(self.step, loss, time.perf_counter() - begun)
+        values = self.meter.update(self.step, loss, seconds)
         values |= {"grad_norm": grad_norm, "lr_scale": lr_scale, **more}
         values |= {"memory_gib": peak_memory_gib(self.runtime)}
         self.tracker.log("train", self.step, **values)
@@ -279,6 +288,7 @@ class Session:
 
         values  of the record
         """
+        self.profile.close()
         stop = self.runtime.stop
         assert stop is not None, "launch() listens for signals"
         if not self.stopped:
