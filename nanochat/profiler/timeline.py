@@ -206,12 +206,14 @@ class Divider:
 
     def _divide_host(self) -> Division:
         division = Division(len(self.windows))
-        running = [e for e in self.host if not e.annotation]
-        mine = [e for e in running if e.thread == self.main]
+        mine = [e for e in self.host if e.thread == self.main and not e.annotation]
         # what no operation of torch covers is Python; beside a collective it is waiting for it
         innermost = Marks.of_nested((e.start, e.end, e.name) for e in mine)
-        sending = [e for e in running if e.thread != self.main and e.name.startswith(COLLECTIVES)]
-        sent = Marks.of_nested(_union((e.start, e.end) for e in sending))
+        # gloo's own ranges, on its threads
+        sending = (e for e in self.host if e.thread != self.main)
+        sent = Marks.of_nested(
+            _union((e.start, e.end) for e in sending if e.name.startswith(COLLECTIVES))
+        )
         boundaries = {*self.stages.starts, *self.labels[self.main].starts}
         boundaries |= {*innermost.starts, *sent.starts}
         times, calls = Counter[str](), Counter[str]()

@@ -7,9 +7,10 @@
     run                build or load a model; the state of a run, saved and restored
     profiling          --profile=N: which steps, and where the tables and the trace go
     session            settings and bookkeeping that the four training scripts share
+    pretraining        what a base model is trained with
     rehearsal          a step on the meta device: what it would allocate
     policy_gradient    advantages and token losses of reinforcement learning
 
-May import: command, common, gpt, hardware, kernels, optim, profiler, scaling,
+May import: command, common, data, dataset, gpt, hardware, kernels, optim, profiler, scaling,
             settings, stages, text, tracking.
 """

@@ -16,22 +16,23 @@ FOLDER, TRACE, TEXT = "profile", "trace.json.gz", "profile.txt"  # inside the fo
 class StepProfile:
     """Profiles some steps of a run on its first rank; does nothing with steps = 0.
 
-    steps           to profile: the first steady ones, after WARMUP_STEPS where there are enough
-    num_iterations  of the run
-    compiled        the model runs through torch.compile
-    Raises          ValueError where a new run is too short.
+    steps      to profile: the first steady ones, after WARMUP_STEPS where there are enough
+    folder     of the run
+    compiled   the model runs through torch.compile
+    Raises     ValueError where a new run is too short.
     """
 
     def __init__(
-        self, steps: int, state: TrainState, num_iterations: int, runtime: Runtime, compiled: bool
+        self, steps: int, state: TrainState, folder: Path, runtime: Runtime, compiled: bool
     ) -> None:
         self.runtime = runtime
-        self.folder = state.directory(runtime) / FOLDER
+        self.folder = folder / FOLDER
         self.compiled = compiled
         self.capture: StepCapture | None = None
         self.wait = 0
         if not steps:
             return
+        num_iterations = state.meter.num_iterations
         left = num_iterations - state.step
         # one step more, in which the profiler starts and costs are computed
         if left < steps + 1:
@@ -45,13 +46,9 @@ class StepProfile:
             return
         if runtime.is_main:
             self.wait = min(WARMUP_STEPS, left - steps - 1)
+            on_gpu, trace = runtime.device.type == "cuda", self.folder / TRACE
             self.capture = StepCapture(
-                state.model,
-                state.optimizers,
-                steps,
-                runtime.device.type == "cuda",
-                compiled,
-                self.folder / TRACE,
+                state.model, state.optimizers, steps, on_gpu, compiled, trace
             )
 
     def begin(self) -> None:

@@ -151,10 +151,10 @@ class Session:
         resumed = find_resume(stage, tag, settings.resume, settings.resume_from, runtime.base_dir)
         if resumed is not None:
             self.state.restore(resumed, runtime)
-        compiles = getattr(settings, "compile", False)
-        self.profile = StepProfile(settings.profile, self.state, num_iterations, runtime, compiles)
+        folder, compiles = self.state.directory(runtime), getattr(settings, "compile", False)
+        self.profile = StepProfile(settings.profile, self.state, folder, runtime, compiles)
         self.tracker = Tracker(
-            self.state.directory(runtime),
+            folder,
             runtime,
             stage,
             settings,

@@ -1,12 +1,16 @@
 """Every nanosecond of a step once, under the right stage and operation: made-up events of a GPU,
 whose answer is known, and real ones of a CPU."""
 
+import gzip
+import json
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.common import Runtime
@@ -76,7 +80,7 @@ def test_kernels_count_for_what_launched_them() -> None:
         ("idle", "optimizer"): 10 + 170,
     }
     assert division.top["gemm"] == (130, 2)
-    assert list(division.top)[0] == "gemm"
+    assert next(iter(division.top)) == "gemm"
     assert sorted(division.gaps) == [10, 30, 170, 200]
 
 
@@ -117,6 +121,25 @@ def test_a_compiled_graph_tells_its_operators() -> None:
     }
 
 
+def test_waiting_for_other_ranks_is_communication() -> None:
+    """On a CPU: a call that starts a collective, work beside it, a wait that no event shows."""
+    events = [
+        Event("stage: step", 0, 400, MAIN, annotation=True),
+        Event("stage: forward", 0, 10, MAIN, annotation=True),
+        Event("c10d::allgather_", 100, 120, MAIN),
+        Event("gloo:all_gather", 110, 300, LOADER, annotation=True),
+        Event("gloo:all_gather", 130, 200, AUTOGRAD, annotation=True),
+        Event("aten::mul", 150, 170, MAIN),
+    ]
+    found = timeline.divide(events, SEQUENCE, {}, on_gpu=False)
+    assert dict(found.nanoseconds) == {
+        ("idle", "forward"): 10,
+        ("idle", "optimizer"): 90 + 100,
+        ("communication", "communication"): 20 + 30 + 130,
+        ("optimizer", "other"): 20,
+    }
+
+
 def test_every_custom_operator_belongs_to_an_operation() -> None:
     names, ops = operators(), operations()
     assert names["nanochat::rms_norm_backward"] == "rms_norm"
@@ -148,12 +171,12 @@ def runtime() -> Runtime:
     return Runtime(torch.device("cpu"), torch.float32, 0, 0, 1, 0, Path())
 
 
-def captured(steps: int, trace: Path | None = None) -> Captured:
+def captured(steps: int, trace: Path | None = None, distributed: bool = False) -> Captured:
     """Steps of a model of two layers, each with two micro-batches and a slow loader."""
     torch.set_num_threads(1)
     model = GPT(GPTConfig(16, 128, 2, 1, 1, 128), torch.float32)
     model.init_weights(0)
-    optimizers = model.setup_optimizers(0.2, 0.004, 0.02, 0.0, distributed=False)
+    optimizers = model.setup_optimizers(0.2, 0.004, 0.02, 0.0, distributed=distributed)
     ids = torch.randint(128, (2, 17))
     capture = StepCapture(model, optimizers, steps, False, trace=trace)
     found = None
@@ -204,6 +227,22 @@ def test_costs_are_those_of_the_calls() -> None:
     linear = module_cost(torch.nn.Linear(3, 5, bias=False), (torch.zeros(7, 3),))
     assert linear == Cost(210, 4 * (21 + 15 + 35), Cost(420, 4 * (42 + 30 + 35)))
     assert module_cost(torch.nn.ReLU(), (torch.zeros(2),)) is None
+
+
+def test_the_optimizers_collectives_are_communication(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = captured(steps=1, trace=tmp_path / "trace.json.gz", distributed=True)
+    finally:
+        dist.destroy_process_group()
+    assert found.division.by_category()["communication"] > 0
+    with gzip.open(tmp_path / "trace.json.gz", "rt") as file:
+        names = Counter(event.get("name", "") for event in json.load(file)["traceEvents"])
+    # ours are in the trace, those of the backward pass too
+    assert names["op: relu2_mlp"] == 2 * 2
+    assert names["stage: step"] == 1
+    assert names["relu2_mlp, backward (MmBackward0)"] == 2 * 2 * 2
+    assert not any(name.startswith(timeline.EVALUATE) for name in names)
 
 
 def test_nothing_stays_installed(tmp_path: Path) -> None:
