@@ -203,7 +203,7 @@ def _operations(record: Record) -> Table:
         name = row["operation"] if row["operation"] != row["category"] else ""
         rows.append((row["category"], name, _ms(seconds), _percent(seconds, total), *rate))
     if small:
-        name = f"{len(small)} others, each under {100 * SMALLEST:.1f} %"
+        name = f"{len(small)} smaller ones, each under {100 * SMALLEST:.1f} %"
         rows.append(("", name, _ms(sum(small)), _percent(sum(small), total), "", "", "", ""))
     columns = ("stage", "operation", "time", "share", "calls", "GFLOP/s", "GB/s", "speed of light")
     return Table("Operations of a step", columns, rows, names=2)

@@ -36,6 +36,7 @@ from nanochat.profiler.ranges import watched
 from nanochat.profiler.timeline import BACKWARD, EVALUATE, FORWARD, MODULE, OPERATION, OPTIMIZER
 
 TRACED_STEPS = 2  # in the file for Perfetto: more of the same would make it slow to open
+RUNTIME = ("cuda", "cuLaunch", "cuMem", "cuEvent", "cuStream", "cuGraph")
 USER_SCOPE = 7  # at::RecordScope::USER_SCOPE, what record_function opens
 Key = tuple[str, str]  # category, operation
 
@@ -284,6 +285,8 @@ def _event(event: Any) -> timeline.Event:
     """One of torch's, as timeline.py takes them."""
     on_gpu = event.device_type() != DeviceType.CPU
     linked = event.linked_correlation_id()
+    # calls of the CUDA runtime number themselves otherwise than operations of torch
+    is_operation = not on_gpu and not linked and not event.name().startswith(RUNTIME)
     return timeline.Event(
         event.name(),
         event.start_ns(),
@@ -291,8 +294,7 @@ def _event(event: Any) -> timeline.Event:
         event.device_resource_id() if on_gpu else event.start_thread_id(),
         on_gpu,
         event.sequence_nr(),
-        # calls of the CUDA runtime are linked like kernels, and number themselves
-        0 if on_gpu or linked else event.correlation_id(),
+        event.correlation_id() if is_operation else 0,
         linked if on_gpu else 0,
         event.is_user_annotation() or event.scope() == USER_SCOPE,
     )

@@ -28,6 +28,7 @@ STAGE, OPERATION, MODULE = "stage: ", "op: ", "module: "  # how the names of our
 STEP = STAGE + "step"
 OTHER = "other"  # of a stage, but in no operation or module
 ACCUMULATION = "gradient accumulation"
+UNKNOWN = "no known launcher"
 FUSED, PRODUCTS = "compiled, fused", "compiled, matrix products"
 
 EVALUATE = "autograd::engine::evaluate_function: "
@@ -240,7 +241,10 @@ class Divider:
         times, calls = Counter[str](), Counter[str]()
         for kernel in self.kernels:
             launcher = launchers.get(kernel.launcher)
-            owner = self.owner(launcher.thread, launcher.start) if launcher else (OPTIMIZER, OTHER)
+            if launcher is not None:
+                owner = self.owner(launcher.thread, launcher.start)
+            else:  # launched outside every operation of torch: all that is known is when it ran
+                owner = self.stages.at(kernel.start) or OPTIMIZER, UNKNOWN
             # who computes has the time: a collective or a copy beside it costs the step nothing
             rank = 0
             if kernel.name.startswith(COLLECTIVES):

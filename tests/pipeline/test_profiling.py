@@ -52,11 +52,15 @@ def test_a_run_too_short_is_refused_and_a_resumed_one_is_not(base_dir: Path) -> 
 
 
 def test_profile_train(base_dir: Path) -> None:
-    said = run_here(base_dir, PROFILE, *SMALL, "--profile=1", "--num_iterations=3")
+    said = run_here(base_dir, PROFILE, *SMALL, "--profile=1", "--num_iterations=5")
     folder = base_dir / "profiles" / "d1"
-    assert [r["step"] for r in records(folder, "train", "profile_train")] == [0, 1, 2]
+    seconds = [r["step_seconds"] for r in records(folder, "train", "profile_train")]
+    assert len(seconds) == 5
     (record,) = records(folder, "profile", "profile_train")
     assert record["steps"] == 1
+    assert record["step_seconds"] == pytest.approx(seconds[4])
+    # neither the first step of the run nor the profiler's own first one is steady
+    assert record["unprofiled_step_seconds"] == pytest.approx((seconds[1] + seconds[2]) / 2)
     assert "newton_schulz" in said
     assert not list(folder.glob("*/model.pt"))
 

@@ -72,7 +72,7 @@ def test_tables_hold_every_millisecond() -> None:
     assert ("idle: Python between operations", "1.00 ms", "10.0 %") in stages.rows
     row = ("forward", "rms_norm", "2.00 ms", "20.0 %", "1", "500.0", "1.00", "50 %")
     assert row in operations.rows
-    assert operations.rows[-1][1] == "1 others, each under 0.2 %"
+    assert operations.rows[-1][1] == "1 smaller ones, each under 0.2 %"
     assert top.rows == [("gemm", "3.00 ms", "30.0 %", "2")]
     assert ("HFU, FLOPs of all operations, of the datasheet", "25.0 %") in overview.rows
     text = breakdown.text(a_record())
