@@ -94,23 +94,28 @@ forget_models_after() {
     done <<<"$stages"
 }
 
-# own_tokenizer: a tokenizer of something else stays, since models need the one they learned with.
+# own_tokenizer: sets `tokenizer`, the run's folder below the base directory, and the flag that names
+# it to the scripts. Where the usual folder is another run's, which needs it, this run has its own.
 own_tokenizer() {
-    local tokenizer="$NANOCHAT_BASE_DIR/tokenizer"
-    if [ -e "$tokenizer/tokenizer_ranks.json" ] && [ "$(cat "$tokenizer/run" 2>/dev/null)" != "$tag" ]
+    tokenizer=tokenizer
+    tokenizer_flag=()
+    [ -f "$folder/tok_train.py" ] || return 0
+    if [ -e "$NANOCHAT_BASE_DIR/tokenizer/tokenizer_ranks.json" ] &&
+        [ "$(cat "$NANOCHAT_BASE_DIR/tokenizer/run" 2>/dev/null)" != "$tag" ]
     then
-        echo "$name: $tokenizer is not of the run $tag, and other models may need it; set" \
-            "NANOCHAT_BASE_DIR to another folder, or move it away" >&2
-        exit 1
+        tokenizer="tokenizers/$tag"
+        tokenizer_flag=("--tokenizer_dir=$NANOCHAT_BASE_DIR/$tokenizer")
+        echo "$name: the tokenizer of the run $tag is in $NANOCHAT_BASE_DIR/$tokenizer"
     fi
-    mkdir -p "$tokenizer"
-    echo "$tag" >"$tokenizer/run"
+    mkdir -p "$NANOCHAT_BASE_DIR/$tokenizer"
+    echo "$tag" >"$NANOCHAT_BASE_DIR/$tokenizer/run"
 }
 
 # evaluate STAGE SCRIPT CHECKPOINT
 evaluate() {
     if [ -f "$folder/$2.py" ]; then
-        look "$1" "$3" on_gpus "$2" "$folder/$2.py" --checkpoint="$3"
+        look "$1" "$3" on_gpus "$2" "$folder/$2.py" --checkpoint="$3" \
+            ${tokenizer_flag[@]+"${tokenizer_flag[@]}"}
     fi
 }
 
@@ -131,7 +136,8 @@ train() {
     [ "$parent_flag" = - ] || arguments+=("--$parent_flag=$parent_folder/$tag/latest.pt")
     is_done "$script" "$output" || forget_models_after "$model"
     once "$script" "$output" \
-        on_gpus "$script" "$folder/$script.py" ${arguments[@]+"${arguments[@]}"} --model_tag="$tag" --resume
+        on_gpus "$script" "$folder/$script.py" ${arguments[@]+"${arguments[@]}"} \
+        ${tokenizer_flag[@]+"${tokenizer_flag[@]}"} --model_tag="$tag" --resume
     parent=$model
     parent_folder=$models
     for evaluation in ${7//,/ }; do
@@ -142,19 +148,21 @@ train() {
 
 # train_and_evaluate: every stage after the data.
 train_and_evaluate() {
-    local stages row
+    local stages row tokenizer tokenizer_flag
     stages=$(python -m nanochat.stages)
+    own_tokenizer
     if [ -f "$folder/tok_train.py" ]; then
-        if ! is_done tok_train tokenizer/tokenizer_ranks.json; then
-            own_tokenizer
+        if ! is_done tok_train "$tokenizer/tokenizer_ranks.json"; then
             forget_models_after tokenizer
         fi
-        once tok_train tokenizer/tokenizer_ranks.json \
-            python -m scripts.tok_train "$folder/tok_train.py"
+        once tok_train "$tokenizer/tokenizer_ranks.json" \
+            python -m scripts.tok_train "$folder/tok_train.py" \
+            --output_dir="$NANOCHAT_BASE_DIR/$tokenizer"
     fi
     if [ -f "$folder/tok_eval.py" ]; then
-        look tok_eval tokenizer/tokenizer_ranks.json \
-            python -m scripts.tok_eval "$folder/tok_eval.py"
+        look tok_eval "$tokenizer/tokenizer_ranks.json" \
+            python -m scripts.tok_eval "$folder/tok_eval.py" \
+            ${tokenizer_flag[@]+"${tokenizer_flag[@]}"}
     fi
     while read -r -u 3 row; do  # the stages themselves keep standard input
         # shellcheck disable=SC2086  # a row is words
@@ -164,9 +172,10 @@ train_and_evaluate() {
     if [ -f "$folder/chat_cli.py" ]; then
         printf '\n== one answer\n'
         python -m scripts.chat_cli "$folder/chat_cli.py" \
-            --checkpoint="$parent_folder/$tag/latest.pt"
+            --checkpoint="$parent_folder/$tag/latest.pt" \
+            ${tokenizer_flag[@]+"${tokenizer_flag[@]}"}
     fi
     printf '\n%s: finished; the report is %s\n' "$name" "$NANOCHAT_BASE_DIR/report/report.md"
-    printf 'talk to it: python -m scripts.chat_web --checkpoint=%s\n' \
-        "$parent_folder/$tag/latest.pt"
+    printf 'talk to it: python -m scripts.chat_web --checkpoint=%s %s\n' \
+        "$parent_folder/$tag/latest.pt" "${tokenizer_flag[*]-}"
 }

@@ -7,6 +7,7 @@ At the door are the files that every entry point starts with, the model, and two
     stages         the stages of training, each registered once
     configurator   defaults, config files, flags -> one frozen dataclass per script
     common         device, dtype, ranks, seed, base directory, signals
+    locks          one writer at a time, with the owner's name
     hardware       datasheet peaks of each GPU, measured ceilings
     tracking       metrics.jsonl; Weights & Biases when a run is named
     scaling        depth -> width, heads, batch, horizon
@@ -18,7 +19,7 @@ Everything else is in rooms, one subject each; a room's `__init__.py` says what 
 it may import. Floors, from the ground; a module imports its own floor or below:
 
     settings command stages
-    configurator common hardware kernels
+    configurator common hardware locks kernels
     optim text profiler tracking scaling
     gpt data
     dataset report

@@ -1,6 +1,7 @@
 """Start of every entry point: device, ranks, seed, compute dtype, base directory, signals."""
 
 import gc
+import hashlib
 import os
 import random
 import signal
@@ -60,6 +61,15 @@ def replace_file(path: Path, content: str | bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def print0(*values: object) -> None:

@@ -31,6 +31,7 @@ class Settings:
     tasks: str = ""  # comma-separated labels; empty is all 22, which alone give a CORE score
     max_per_task: CountOrMinusOne = -1  # examples of each task, after shuffling; -1 is all
     bundle_dir: str = ""  # unpacked evaluation bundle; empty downloads it to the base directory
+    bundle_sha256: str = ""  # of its archive; empty is that of the first download
     batch_tokens: Count = 32_768  # positions that pass the model together
     tokenizer_dir: str = ""  # folder of the tokenizer; empty is <base dir>/tokenizer
     device: Device = "auto"  # where to run; auto is CUDA, else MPS, else the CPU
@@ -48,7 +49,9 @@ def main() -> None:
         settings.checkpoint, settings.source, runtime, tokenizer, settings.model_tag
     )
     model.eval()
-    bundle = Path(settings.bundle_dir) if settings.bundle_dir else get_bundle(runtime.base_dir)
+    bundle = Path(
+        settings.bundle_dir or get_bundle(runtime.base_dir, sha256=settings.bundle_sha256)
+    )
     tasks = load_tasks(bundle, settings.tasks)
     tracker = Tracker(path.parent, runtime, "base_eval", settings, header={"checkpoint": str(path)})
     rows = []

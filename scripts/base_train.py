@@ -182,7 +182,9 @@ def load_core_tasks(settings: Settings, runtime: Runtime) -> list[CoreTask]:
     """The tasks of CORE, none if it is never evaluated."""
     if settings.core_metric_every <= 0:
         return []
-    return load_tasks(Path(settings.core_bundle_dir or get_bundle(runtime.base_dir)))
+    if settings.core_bundle_dir:
+        return load_tasks(Path(settings.core_bundle_dir))
+    return load_tasks(get_bundle(runtime.base_dir, sha256=settings.core_bundle_sha256))
 
 
 def core_metric(

@@ -15,6 +15,7 @@ from nanochat import command, configurator
 from nanochat.common import get_base_dir, print0, setup_training
 from nanochat.data.shards import iter_documents
 from nanochat.dataset import DATASETS, resolve_data_dir
+from nanochat.locks import OwnedLock
 from nanochat.settings import Choices, Count
 from nanochat.text.tokenizer import RustBPETokenizer
 from nanochat.text.tokenizer_base import check_vocab_size
@@ -41,9 +42,9 @@ def main() -> None:
     base_dir = get_base_dir()
     data_dir = resolve_data_dir(settings.dataset, settings.data_dir, base_dir)
     output_dir = Path(settings.output_dir or base_dir / "tokenizer")
-    tracker = Tracker(
-        output_dir, runtime, "tok_train", settings
-    )  # fails early where it cannot write
+    # both fail early where they cannot write
+    lock = OwnedLock(output_dir / ".run", "wait for it, or use another --output_dir")
+    tracker = Tracker(output_dir, runtime, "tok_train", settings)
     started = time.perf_counter()
     with Progress() as progress:
         task = progress.add_task(f"characters of {data_dir}", total=None)
@@ -64,6 +65,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     tracker.log("end", 0, wall_seconds=seconds, chars=chars, vocab_size=tokenizer.get_vocab_size())
     tracker.close()
+    lock.close()
     print0(f"{tokenizer.get_vocab_size():,} tokens from {chars:,} characters in {seconds:.1f} s "
            f"-> {output_dir}")  # fmt: skip
 

@@ -1,11 +1,12 @@
 """What every entry point starts with."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from nanochat.common import replace_file
+from nanochat.common import SAME_REQUEST, StopRequest, replace_file
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(
@@ -40,3 +41,20 @@ def test_a_file_is_replaced_whole_or_not_at_all(
         replace_file(path, "three")
     assert path.read_bytes() == b"two"
     assert [file.name for file in path.parent.iterdir()] == ["file.json"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once_but_not_an_echo_of_the_first(number: signal.Signals) -> None:
+    pid = os.fork()
+    if pid == 0:  # the child ends by the signal, or with a code that says where it went wrong
+        stop = StopRequest()
+        signal.raise_signal(number)
+        signal.raise_signal(number)  # by torchrun, say
+        if (stop.number, stop.exit_code) != (number, 128 + number):
+            os._exit(1)
+        stop.since -= 2 * SAME_REQUEST
+        signal.raise_signal(number)
+        os._exit(2)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status), f"it lived on: {os.waitstatus_to_exitcode(status)}"
+    assert os.WTERMSIG(status) == number

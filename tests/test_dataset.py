@@ -1,6 +1,8 @@
 """Shards and splits: nothing lost, nothing shared, nothing damaged unnoticed."""
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import dataset
-from nanochat.data import embedded, shards
-from tests.support.shards import break_row_group, documents, write, write_three
+from nanochat.data import digests, embedded, shards
+from nanochat.data.documents import TextSource
+from tests.support.shards import BYTES, break_row_group, documents, write, write_three
 
 
 @pytest.fixture
@@ -132,6 +135,75 @@ def test_identity_is_of_the_content(tmp_path: Path) -> None:
         shards.identity(shards.row_blocks(folder, "train")) for folder in (one, same, other)
     ]
     assert identities[0] == identities[1] != identities[2]
+
+
+def test_a_document_of_megabytes_is_whole(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", [["short", "x" * 5_000_000, "after"], ["val"]])
+    read, number = [], 0
+    source = TextSource(BYTES, shards.row_blocks(folder, "train"))
+    while number < source.num_documents:
+        documents, number = source.read(number)
+        read += documents
+    assert [len(tokens) for tokens in read] == [6, 5_000_001, 6]  # each after a BOS
+
+
+def flipped(path: Path, bit: int) -> None:
+    """Rot: one bit is another, size and times are as before."""
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("every", [101, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_flipped_bit_is_found_or_harmless(tmp_path: Path, every: int) -> None:
+    texts = [document + " of words" * 9 for document in documents(0, 12)]
+    shards.write_shards(texts, tmp_path / "data", row_group=4)
+    (path,) = shards.list_shards(tmp_path / "data")
+    whole = texts_of(tmp_path / "data", "train") + texts_of(tmp_path / "data", "val")
+    num_bits, found = 8 * path.stat().st_size, 0
+    for bit in range(0, num_bits, every):
+        flipped(path, bit)
+        try:
+            read = texts_of(tmp_path / "data", "train") + texts_of(tmp_path / "data", "val")
+        except ValueError as error:
+            message = str(error)
+            found += 1
+        else:
+            message = path.name if read == whole else "other text"
+        assert path.name in message, f"bit {bit}: {message}"
+        flipped(path, bit)
+    # all but the magic number at the beginning
+    assert found >= (num_bits - 4 * 8) // every
+
+
+def test_pages_of_our_shards_have_checksums_of_their_own(tmp_path: Path) -> None:
+    """They travel with the file; the digests beside it may not."""
+    shards.write_shards(documents(0, 12), tmp_path / "data", row_group=4)
+    (path,) = shards.list_shards(tmp_path / "data")
+    block = shards.shard_blocks(path)[1]
+    assert block.digests is not None
+    group = block.digests.groups[1]
+    flipped(path, 8 * (group.start + group.length - 3))
+    with pytest.raises(ValueError, match="row group 1 has changed on the disk"):
+        block.read()
+    with pytest.raises(ValueError, match=r"(?i)crc|checksum"):
+        replace(block, digests=None).read()
+
+
+def test_digests_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "data", [["abc", "def"], ["ghi"]])
+    first = shards.row_blocks(folder, "train")
+    computed = []
+    compute = digests.compute
+    monkeypatch.setattr(digests, "compute", lambda path: computed.append(path) or compute(path))
+    assert shards.row_blocks(folder, "train") == first
+    assert shards.shard_digest(first[0].path) == shards.shard_digest(first[0].path)
+    assert computed == []
+    # torn, or of another file: computed again
+    (folder / ".shard_00000.parquet.digests.json").write_text('{"bytes": 3')
+    assert shards.row_blocks(folder, "train") == first
+    assert computed == [first[0].path]
 
 
 def test_no_data_names_the_remedy(tmp_path: Path) -> None:

@@ -266,3 +266,18 @@ def test_the_kernel_table_of_the_front_page_is_complete() -> None:
         wanted = {op.name, *op.implementations} - {"reference"}
         offenders += [f"README.md lacks {name} of {op.name}" for name in sorted(wanted - {*row})]
     assert not offenders, "\n".join(offenders)
+
+
+def test_tests_that_documents_name_are_there() -> None:
+    named = {
+        (name, *found)
+        for name in DOCUMENTS
+        for found in re.findall(r"`((?:tests|experiments)/[\w/]+\.py)::(\w+)`", read(name))
+    }
+    assert len(named) > 40, "they are not found any more"
+    missing = [
+        f"{name}: {path}::{test}"
+        for name, path, test in sorted(named)
+        if not (ROOT / path).is_file() or f"def {test}(" not in read(path)
+    ]
+    assert not missing, "\n".join(missing)

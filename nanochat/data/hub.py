@@ -1,6 +1,5 @@
 """Shards of pretraining text on the Hugging Face Hub: checked, several at a time."""
 
-import hashlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -8,9 +7,11 @@ from pathlib import Path
 
 import huggingface_hub
 import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock
 from rich.progress import Progress
+
+from nanochat.common import sha256_of
+from nanochat.data import digests
 
 SCRATCH = ".download"  # beside the shards, so that they appear by a rename
 
@@ -55,27 +56,17 @@ def download_shard(
             endpoint=endpoint,
         )
     )
-    if wanted and len(wanted) == 64:  # large files are announced by SHA-256
-        found = sha256(path)
-        if found != wanted:
-            path.unlink()
-            raise ValueError(f"{name}: SHA-256 is {found}, the hub says {wanted}; try again")
-    try:
-        pq.read_metadata(path)
-    except pa.ArrowException as error:
+    announced = bool(wanted) and len(wanted) == 64  # large files are announced by SHA-256
+    if announced and (found := sha256_of(path)) != wanted:
         path.unlink()
-        raise ValueError(f"{name} on the hub is not a parquet file: {error}") from error
+        raise ValueError(f"{name}: SHA-256 is {found}, the hub says {wanted}; try again")
+    try:
+        digests.record(folder / name, digests.compute(path, announced))
+    except (pa.ArrowException, ValueError) as error:
+        path.unlink()
+        raise ValueError(f"{name} on the hub is not a parquet file of text: {error}") from error
     path.replace(folder / name)
     return folder / name
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def download(

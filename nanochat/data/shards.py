@@ -16,11 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import print0
+from nanochat.data import digests
+from nanochat.data.digests import Digests
 
 ROW_GROUP = 1024
 ROWS_PER_SHARD = 16 * ROW_GROUP
 VALIDATION_SHARE = 0.05  # of the only shard, where there is one
-DIGEST_BYTES = 2**16  # of either end of a shard
+# what pyarrow raises for bytes that are no parquet: its own errors, and some of Python's
+UNREADABLE = (OSError, ValueError, KeyError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class RowBlock:
     """Rows [row_start, row_stop) of one row group of a shard: what one rank reads at a time.
 
     first_row  rows of the shard before the group.
+    digests    of the shard; the group is checked against them when it is read.
     """
 
     path: Path
@@ -35,6 +39,7 @@ class RowBlock:
     row_start: int
     row_stop: int
     first_row: int = 0
+    digests: Digests | None = None
 
     def halves(self) -> "list[RowBlock]":
         """The block in two, or as it is where it holds one document."""
@@ -48,10 +53,13 @@ class RowBlock:
         Raises  ValueError naming the file if it cannot be read or holds a row without text.
         """
         try:
-            table = pq.ParquetFile(self.path).read_row_group(self.row_group, columns=["text"])
+            if self.digests is not None:
+                self.digests.check(self.path, self.row_group)
+            with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
+                table = file.read_row_group(self.row_group, columns=["text"])
             column = table.column("text")[self.row_start : self.row_stop]
             column.validate(full=True)
-        except (OSError, pa.ArrowException) as error:
+        except UNREADABLE as error:
             raise ValueError(unreadable(self.path, str(error))) from error
         if column.null_count:
             raise ValueError(unreadable(self.path, f"a row of group {self.row_group} has no text"))
@@ -131,7 +139,7 @@ def shard_blocks(path: Path) -> list[RowBlock]:
     try:
         with pq.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
-    except (OSError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise ValueError(unreadable(path, str(error))) from error
     if "text" not in schema.names:
         raise ValueError(unreadable(path, f"no column `text` among {schema.names}"))
@@ -141,9 +149,13 @@ def shard_blocks(path: Path) -> list[RowBlock]:
     counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     if not sum(counts):
         raise ValueError(unreadable(path, "it has no rows"))
+    try:
+        known = digests.digests_of(path)
+    except UNREADABLE as error:
+        raise ValueError(unreadable(path, str(error))) from error
     firsts = accumulate(counts, initial=0)
     groups = enumerate(zip(counts, firsts, strict=False))  # firsts has one more, the total
-    return [RowBlock(path, i, 0, count, first) for i, (count, first) in groups if count]
+    return [RowBlock(path, i, 0, count, first, known) for i, (count, first) in groups if count]
 
 
 def identity(blocks: list[RowBlock]) -> str:
@@ -154,14 +166,9 @@ def identity(blocks: list[RowBlock]) -> str:
 
 
 def shard_digest(path: Path) -> str:
-    """A digest of a shard's name, size and ends; at the end lie the sizes of all it holds."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{path.name} {size}\n".encode())
-    with path.open("rb") as file:
-        digest.update(file.read(DIGEST_BYTES))
-        file.seek(max(0, size - DIGEST_BYTES))
-        digest.update(file.read())
-    return digest.hexdigest()[:16]
+    """A digest of a shard's name and whole content."""
+    text = f"{path.name} {digests.digests_of(path).sha256}\n"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def share(blocks: list[RowBlock], rank: int, world_size: int) -> list[RowBlock]:
@@ -226,9 +233,12 @@ def write_shards(
 
 
 def _write_shard(folder: Path, index: int, rows: list[str], row_group: int) -> None:
+    path = folder / f"shard_{index:05d}.parquet"
     pq.write_table(
         pa.table({"text": rows}),
-        folder / f"shard_{index:05d}.parquet",
+        path,
         row_group_size=row_group,
         compression="zstd",
+        write_page_checksum=True,
     )
+    digests.record(path, digests.compute(path))

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from filelock import FileLock, Timeout
 
+from nanochat.common import sha256_of
 from nanochat.data.documents import DOCUMENTS_AT_ONCE, DocumentSource, TextSource
-from nanochat.data.hub import sha256
 from nanochat.data.shards import RowBlock, shard_blocks, shard_digest
+from nanochat.locks import LockedError, OwnedLock
 from nanochat.text.tokenizer_base import Tokenizer
 
 TOKENS, OFFSETS, META = "tokens.bin", "offsets.npy", "meta.json"
@@ -46,7 +46,7 @@ class TokenShard:
         try:
             meta = json.loads((path / META).read_text(encoding="utf-8"))
             for name, wanted in meta["sha256"].items():
-                if sha256(path / name) != wanted:
+                if sha256_of(path / name) != wanted:
                     raise ValueError(f"{name} has another SHA-256 than when it was written")
             if meta["dtype"] not in DTYPES:
                 raise ValueError(f"ids of type {meta['dtype']}")
@@ -112,11 +112,11 @@ def write_missing(tokenizer: Tokenizer, shards: dict[Path, Path], threads: int) 
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with FileLock(target.with_name(f".{target.name}.lock"), timeout=-1 if wait else 0):
+                with OwnedLock(target.with_name(f".{target.name}"), "let it finish", wait):
                     if not target.is_dir():  # another process may just have finished it
                         print(f"tokenizing {path} ({number} of {len(shards)})", flush=True)
                         _write(tokenizer, path, target, threads)
-            except Timeout:
+            except LockedError:
                 continue
 
 
@@ -137,7 +137,7 @@ def _write(tokenizer: Tokenizer, path: Path, target: Path, threads: int) -> None
                 dtype = tokens.dtype.name
         with _durable(temporary / OFFSETS) as file:
             np.save(file, np.cumsum(lengths, dtype=np.int64))
-        digests = {name: sha256(temporary / name) for name in (TOKENS, OFFSETS)}
+        digests = {name: sha256_of(temporary / name) for name in (TOKENS, OFFSETS)}
         with _durable(temporary / META) as file:
             file.write(json.dumps({"dtype": dtype, "sha256": digests}).encode())
         temporary.rename(target)

@@ -18,6 +18,8 @@ import yaml
 from filelock import FileLock
 from rich.progress import Progress
 
+from nanochat.common import replace_file, sha256_of
+
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 FOLDER = "eval_bundle"
 CHUNK = 2**20
@@ -91,17 +93,37 @@ def load_tasks(bundle: Path, only: str = "") -> list[CoreTask]:
     return [known[label] for label in wanted] if wanted else tasks
 
 
-def get_bundle(base_dir: Path, url: str = URL) -> Path:
+def get_bundle(base_dir: Path, url: str = URL, sha256: str = "") -> Path:
     """The bundle below base_dir, downloaded first where it is not there; safe with several ranks.
 
-    Raises  ValueError naming the address where it cannot be fetched or is not the bundle.
+    sha256  of the archive. Empty: that of the first download, which is written down and holds from
+            then on: scores of two downloads are scores of the same questions.
+    Raises  ValueError naming the address where it cannot be fetched or is not the bundle, or both
+            digests where it is another one.
     """
-    folder = base_dir / FOLDER
+    folder, note = base_dir / FOLDER, base_dir / f"{FOLDER}.sha256"
     with FileLock(base_dir / f"{FOLDER}.lock"):
-        if not (folder / "core.yaml").is_file():
+        there = (folder / "core.yaml").is_file()
+        known = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
+        wanted = sha256.lower() or known
+        if there and known != wanted:
+            raise ValueError(
+                f"{folder} is of an archive of SHA-256 {known or '(unknown)'}, not {wanted}; move "
+                "it away to download another, or leave the SHA-256 out"
+            )
+        if not there:
             archive = base_dir / f"{FOLDER}.zip.part"
             _fetch(url, archive)
+            found = sha256_of(archive)
+            if wanted and found != wanted:
+                archive.unlink()
+                raise ValueError(
+                    f"{url} has the SHA-256 {found}, not {wanted}"
+                    + (f" as {note} says" if not sha256 else "")
+                    + "; it was removed: run again, or delete the note if the file was replaced"
+                )
             _unpack(archive, folder)
+            replace_file(note, found + "\n")
             archive.unlink()
     return folder
 

@@ -11,6 +11,6 @@
     rehearsal          a step on the meta device: what it would allocate
     policy_gradient    advantages and token losses of reinforcement learning
 
-May import: command, common, data, dataset, gpt, hardware, kernels, optim, profiler, scaling,
-            settings, stages, text, tracking.
+May import: command, common, data, dataset, gpt, hardware, kernels, locks, optim, profiler,
+            scaling, settings, stages, text, tracking.
 """

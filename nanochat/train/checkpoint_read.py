@@ -8,7 +8,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanochat import stages
+from nanochat.common import sha256_of
 
 MODEL_FILE = "model.pt"
 META_FILE = "meta.json"
@@ -27,8 +28,16 @@ TAG_NAME = re.compile(r"(?!\d+$)[A-Za-z0-9_][A-Za-z0-9_.=+-]*")
 DEPTH_TAG = re.compile(r"d(\d+)")
 
 
+# what save() writes into every meta.json, whatever the caller adds
+META_TYPES = {"step": int, "tag": str, "world_size": int, "files": dict}
+
+
 class CheckpointNotFoundError(ValueError):
     """No whole checkpoint is where one was looked for."""
+
+
+class DamagedCheckpointError(ValueError):
+    """A file has another content than was saved: an older step may serve instead."""
 
 
 def stage_dir(base_dir: Path, stage: str) -> Path:
@@ -71,6 +80,31 @@ def find(spec: str | int | Path | None, stage: str, base_dir: Path, tag: str | N
     )
 
 
+def resumable(spec: str | None, stage: str, base_dir: Path, tag: str) -> list[Path]:
+    """The step folders to continue from, the first that can be read; none where there is nothing.
+
+    spec  None: the steps of the tag, from the newest on. As for `find` otherwise: a step, its
+          folder or a file in it stand for that step alone; a tag, a stage or latest.pt for the
+          newest step and the older ones of its tag.
+    Raises  CheckpointNotFoundError as `find` does.
+    """
+    tag_dir = stage_dir(base_dir, stage) / tag
+    if spec is None and not steps_of(tag_dir):
+        return []
+    newest = find(tag_dir if spec is None else spec, stage, base_dir, tag)
+    if spec is not None and names_a_step(spec):
+        return [newest]
+    number = load_meta(newest)["step"]
+    older = [path for step, path in steps_of(newest.parent) if step < number]
+    return [newest, *(path for path in older if not problem_of(path))]
+
+
+def names_a_step(spec: str) -> bool:
+    """Whether a name of a checkpoint means one step, not the newest of several."""
+    path = Path(spec)
+    return path.name.isdigit() or (path.parent.name.isdigit() and path.name != LATEST_LINK)
+
+
 def has_checkpoint(tag: str, stage: str, base_dir: Path) -> bool:
     """Whether a tag has a whole step to continue from."""
     return any(not problem_of(path) for _, path in steps_of(stage_dir(base_dir, stage) / tag))
@@ -78,10 +112,26 @@ def has_checkpoint(tag: str, stage: str, base_dir: Path) -> bool:
 
 def load_meta(path: Path) -> dict[str, Any]:
     """meta.json of a step folder. Raises CheckpointNotFoundError if the folder is not whole."""
-    problem = problem_of(path)
+    meta, problem = _inspect(path)
     if problem:
         raise CheckpointNotFoundError(f"{path} is not a whole checkpoint: {problem}")
-    return json.loads((path / META_FILE).read_text(encoding="utf-8"))
+    return meta
+
+
+def meta_digest(meta: Mapping[str, Any]) -> str:
+    """SHA-256 over all of a meta.json but the digest itself, whatever its layout."""
+    content = {name: value for name, value in meta.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def require(values: Mapping[str, Any], names: Iterable[str], file: Path) -> None:
+    """Raise ValueError naming the file and what it lacks of these names."""
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ValueError(
+            f"{file} lacks {', '.join(missing)}: another program or version wrote it; use a "
+            "checkpoint of this one"
+        )
 
 
 def load_model_state(
@@ -172,13 +222,11 @@ def _read_tensors(path: Path, name: str, map_location: torch.device | str) -> di
     file = path / name
     if recorded is None:
         raise ValueError(f"{path / META_FILE} lists no {name}; the checkpoint is foreign")
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while chunk := stream.read(2**20):
-            digest.update(chunk)
     remedy = "load another step, or save this one again"
-    if digest.hexdigest() != recorded["sha256"]:
-        raise ValueError(f"{file} is damaged: its SHA-256 is not the recorded one; {remedy}")
+    if sha256_of(file) != recorded["sha256"]:
+        raise DamagedCheckpointError(
+            f"{file} is damaged: its SHA-256 is not the recorded one; {remedy}"
+        )
     try:
         return torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -190,22 +238,37 @@ def _read_tensors(path: Path, name: str, map_location: torch.device | str) -> di
 
 
 def problem_of(path: Path) -> str:
-    """Why a folder is not a whole checkpoint; "" if it is one."""
+    """Why a folder is not a whole checkpoint, short of reading its tensors; "" if it is one."""
+    return _inspect(path)[1]
+
+
+def _inspect(path: Path) -> tuple[dict[str, Any], str]:
+    """meta.json of a step folder, and why the folder is not a whole checkpoint, or ""."""
     try:
         meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
-        files = {name: entry["bytes"] for name, entry in meta["files"].items()}
-        world_size = meta["world_size"]
     except OSError as error:
-        return f"{META_FILE} cannot be read ({error.strerror})"
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return f"{META_FILE} is not one of this project's"
-    for name in (MODEL_FILE, *(f"optim_rank{rank}.pt" for rank in range(world_size))):
-        if name not in files or not (path / name).is_file():
-            return f"{name} is missing"
+        return {}, f"{META_FILE} cannot be read ({error.strerror})"
+    except ValueError:
+        return {}, f"{META_FILE} is not one of this project's: it is no JSON"
+    if not isinstance(meta, dict):
+        return {}, f"{META_FILE} is not one of this project's: it is no object"
+    wrong = [name for name, kind in META_TYPES.items() if type(meta.get(name)) is not kind]
+    if wrong:
+        return {}, f"{META_FILE} is not one of this project's: it has no valid {', '.join(wrong)}"
+    # a checkpoint of before there was a digest has none
+    if meta.get("sha256", digest := meta_digest(meta)) != digest:
+        return {}, f"{META_FILE} is damaged or was changed: its SHA-256 is not the recorded one"
+    files = meta["files"]
+    for name in (MODEL_FILE, *(f"optim_rank{rank}.pt" for rank in range(meta["world_size"]))):
+        entry = files.get(name)
+        if not isinstance(entry, dict) or entry.keys() < {"bytes", "sha256"}:
+            return {}, f"{META_FILE} lists no {name}"
+        if not (path / name).is_file():
+            return {}, f"{name} is missing"
         size = (path / name).stat().st_size
-        if size != files[name]:
-            return f"{name} has {size:,} bytes instead of {files[name]:,}"
-    return ""
+        if size != entry["bytes"]:
+            return {}, f"{name} has {size:,} bytes instead of {entry['bytes']:,}"
+    return meta, ""
 
 
 def steps_of(tag_dir: Path) -> list[tuple[int, Path]]:

@@ -5,7 +5,7 @@
     <base_dir>/<stage>_checkpoints/latest.pt -> <tag>/<step>/model.pt
 
 A step is written into a hidden folder beside its place, synced to disk, and appears by one rename;
-meta.json, written last, holds size and SHA-256 of every file.
+meta.json, written last, holds size and SHA-256 of every file and its own SHA-256.
 """
 
 import errno
@@ -28,6 +28,7 @@ from nanochat.train.checkpoint_read import (
     META_FILE,
     MODEL_FILE,
     TAG_NAME,
+    meta_digest,
     problem_of,
     steps_of,
 )
@@ -155,6 +156,7 @@ def _write_meta(folder: Path, values: Mapping[str, object]) -> None:
         files[file.name] = {"bytes": file.stat().st_size, "sha256": digest.read_text()}
         digest.unlink()
     document = jsonable({**values, "environment": environment(), "files": files})
+    document["sha256"] = meta_digest(document)
     replace_file(folder / META_FILE, json.dumps(document, indent=1))
     _sync_directory(folder)
 

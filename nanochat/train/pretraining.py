@@ -36,6 +36,7 @@ class PretrainingSettings(TrainingSettings):
     core_metric_every: CountOrMinusOne = -1  # steps between CORE scores, and at the end; -1: never
     core_metric_max_per_task: CountOrMinusOne = 500  # examples of each CORE task; -1 is all
     core_bundle_dir: str = ""  # unpacked CORE bundle; empty downloads it to the base directory
+    core_bundle_sha256: str = ""  # of its archive; empty is that of the first download
     sample_every: CountOrMinusOne = 2000  # steps between samples; -1 samples only at the end
     model_tag: str = ""  # folder of the checkpoints; empty is d<depth>
     compile: bool = False  # torch.compile the model

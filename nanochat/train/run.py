@@ -56,6 +56,7 @@ def load_pretrained(
             f"checkpoint {path} is of stage {meta['stage']}, not {stage}; name one below "
             f"{checkpoint_read.stage_dir(runtime.base_dir, stage)}, or its stage with --source"
         )
+    checkpoint_read.require(meta, ["model_config", "tag"], path / checkpoint_read.META_FILE)
     checkpoint_read.check_compatible(
         meta,
         meta["model_config"] | {"vocab_size": tokenizer.get_vocab_size()},
@@ -78,18 +79,6 @@ def device_peaks(runtime: Runtime) -> Peaks:
             f"shares are of a measured GEMM of {measured / 1e12:.2f} TFLOP/s"
         )
     return Peaks(known.bf16_flops if known else None, measured)
-
-
-def find_resume(
-    stage: str, tag: str, resume: bool, resume_from: str, base_dir: Path
-) -> Path | None:
-    """The checkpoint to continue: `resume_from`, or with `resume` the tag's newest, if any."""
-    if resume_from:
-        return checkpoint_read.find(resume_from, stage, base_dir, tag)
-    tag_dir = checkpoint_read.stage_dir(base_dir, stage) / tag
-    if resume and checkpoint_read.steps_of(tag_dir):
-        return checkpoint_read.find(tag_dir, stage, base_dir)
-    return None
 
 
 @dataclass
@@ -162,20 +151,43 @@ class TrainState:
             ) from error
         self.saved_step = self.step
 
-    def restore(self, path: Path, runtime: Runtime) -> None:
-        """Take up the run saved at `path`.
+    def restore(self, paths: Sequence[Path], runtime: Runtime) -> None:
+        """Take up the run saved at the first of the paths whose files are whole on every rank.
 
-        Raises  ValueError naming both values if it is of another model or another world size.
+        Raises  DamagedCheckpointError if none is; ValueError naming both values if it is of another
+                model or another world size.
         """
-        meta = checkpoint_read.load_meta(path)
-        checkpoint_read.check_compatible(
-            meta,
-            asdict(self.model.config),
-            runtime.world_size,
-            self.meta.get("tokenizer_fingerprint"),
+        for path in paths:
+            problem = self._restore(path, runtime)
+            if not problem:
+                print0(f"resuming from {path}")
+                return
+            print0(f"skipping {path}: {problem}")
+        raise checkpoint_read.DamagedCheckpointError(
+            f"{paths[0]} cannot be read whole, and no older step was "
+            f"{'allowed' if len(paths) == 1 else 'whole'}: name another with --resume_from"
         )
-        self.model.load_state_dict(checkpoint_read.load_model_state(path, runtime.device))
-        state = checkpoint_read.load_rank_state(path, runtime.rank)
+
+    def _restore(self, path: Path, runtime: Runtime) -> str:
+        """Why this checkpoint cannot be taken up, on this rank or another; "" once it has been."""
+        meta = checkpoint_read.load_meta(path)
+        config = asdict(self.model.config)
+        fingerprint = self.meta.get("tokenizer_fingerprint")
+        checkpoint_read.check_compatible(meta, config, runtime.world_size, fingerprint)
+        weights: dict[str, Any] = {}
+        state: dict[str, Any] = {}
+        problem = ""
+        try:
+            weights = checkpoint_read.load_model_state(path, runtime.device)
+            state = checkpoint_read.load_rank_state(path, runtime.rank)
+        except checkpoint_read.DamagedCheckpointError as error:
+            problem = str(error)
+        damaged = runtime.all_reduce(torch.tensor(float(bool(problem)), device=runtime.device))
+        if damaged:
+            return problem or "damaged, as another rank says"
+        needed = ("optimizers", "loader", "rng", "meter", "min_bpb")
+        checkpoint_read.require(state, needed, path / f"optim_rank{runtime.rank}.pt")
+        self.model.load_state_dict(weights)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             rates = [group["initial_lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
@@ -189,7 +201,7 @@ class TrainState:
         self.skipped = state.get("skipped", 0)  # checkpoints of before skipping have none
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.loader_state = state["loader"]
-        print0(f"resuming from {path}")
+        return ""
 
     def what_is_saved(self) -> str:
         """Where to continue after a failure, in words."""
@@ -206,3 +218,8 @@ def due(step: int, every: int) -> bool:
 def choices_record(choices: Sequence[Choice]) -> dict[str, str]:
     """operation -> implementation, for checkpoints and records."""
     return {choice.op: choice.implementation for choice in choices}
+
+
+def reasons_record(choices: Sequence[Choice]) -> dict[str, dict[str, str]]:
+    """operation -> why its implementation runs, and why each other one does not."""
+    return {c.op: {c.implementation: c.reason, **c.refused} for c in choices}

@@ -33,6 +33,7 @@ from nanochat.common import (
 from nanochat.gpt import GPT
 from nanochat.kernels.optional_triton import compile_refusal
 from nanochat.kernels.registry import Choice, format_choices, select
+from nanochat.locks import lock_for_all_ranks
 from nanochat.optim import schedule
 from nanochat.optim.muon import COEFFICIENTS
 from nanochat.profiler.throughput import Meter, console_line, peak_memory_gib
@@ -49,8 +50,9 @@ from nanochat.settings import (
 )
 from nanochat.text.tokenizer_base import Tokenizer
 from nanochat.tracking import Tracker
+from nanochat.train.checkpoint_read import resumable
 from nanochat.train.profiling import StepProfile, announced
-from nanochat.train.run import TrainState, choices_record, device_peaks, find_resume
+from nanochat.train.run import TrainState, choices_record, device_peaks, reasons_record
 from nanochat.train.step import StepResult, set_rates
 
 
@@ -76,9 +78,7 @@ class TrainingSettings:
     model_tag: str = ""  # folder of the checkpoints; empty is the parent model's
     resume: bool = False  # continue from the newest checkpoint of the tag, if there is one
     resume_from: str = ""  # continue from this checkpoint: file, folder, tag or step
-    collective_timeout: Positive = (
-        COLLECTIVE_TIMEOUT  # seconds that a rank waits for the others, then ends
-    )
+    collective_timeout: Positive = COLLECTIVE_TIMEOUT  # seconds to wait for other ranks
     kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
     profile: CountOrZero = 0  # steady steps to profile: time by operation, MFU, HFU, a trace
     verbose: bool = False  # print why each operation runs as it does
@@ -148,10 +148,14 @@ class Session:
         meta["tokenizer_fingerprint"] = tokenizer.fingerprint()
         stage = stages.get(stage).name
         self.state = TrainState(model, optimizers, self.meter, stage, tag, meta)
-        resumed = find_resume(stage, tag, settings.resume, settings.resume_from, runtime.base_dir)
-        if resumed is not None:
+        folder = self.state.directory(runtime)
+        self.lock = lock_for_all_ranks(folder / ".run", "use another --model_tag", runtime)
+        resumed = []
+        if settings.resume or settings.resume_from:
+            resumed = resumable(settings.resume_from or None, stage, runtime.base_dir, tag)
+        if resumed:
             self.state.restore(resumed, runtime)
-        folder, compiles = self.state.directory(runtime), getattr(settings, "compile", False)
+        compiles = getattr(settings, "compile", False)
         self.profile = StepProfile(settings.profile, self.state, folder, runtime, compiles)
         self.tracker = Tracker(
             folder,
@@ -159,7 +163,7 @@ class Session:
             stage,
             settings,
             run=wandb_run or settings.run,
-            resume_step=None if resumed is None else self.state.step,
+            resume_step=self.state.step if resumed else None,
             header=header | {"kernel_reasons": reasons_record(kernels)},
         )
         self.started = time.perf_counter()
@@ -306,6 +310,8 @@ class Session:
             self.save()
             print0(f"{stop.name}: saved step {self.step}; continue with --resume")
         self.tracker.close()
+        if self.lock is not None:
+            self.lock.close()
         self.runtime.close()
         if self.stopped:
             sys.exit(stop.exit_code)
@@ -341,8 +347,3 @@ def compiled(model: GPT, wanted: bool) -> torch.nn.Module:
     if reason:
         raise ValueError(f"--compile=True cannot work here: {reason}; leave --compile out")
     return cast(torch.nn.Module, torch.compile(model, dynamic=False))
-
-
-def reasons_record(choices: list[Choice]) -> dict[str, dict[str, str]]:
-    """operation -> why its implementation runs, and why each other one does not."""
-    return {c.op: {c.implementation: c.reason, **c.refused} for c in choices}

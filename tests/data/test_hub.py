@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat.data import digests, shards
 from nanochat.data.hub import HubDataset, download, download_shard
 
 COMMIT = "0" * 40
@@ -85,10 +86,23 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def test_shards_arrive_once(hub: Hub, tmp_path: Path) -> None:
     folder = tmp_path / "base_data"
     download(HUB, -1, 2, folder, hub.endpoint)
-    assert sorted(p.name for p in folder.iterdir()) == sorted(hub.files)
+    assert sorted(p.name for p in folder.glob("[!.]*")) == sorted(hub.files)
     assert (folder / "shard_00002.parquet").read_bytes() == hub.files["shard_00002.parquet"]
     download(HUB, 2, 2, folder, hub.endpoint)
     assert sorted(hub.downloads) == sorted(hub.files)
+
+
+def test_the_hubs_checksum_is_kept_and_holds_later(hub: Hub, tmp_path: Path) -> None:
+    path = download_shard(HUB, 1, tmp_path, hub.endpoint)
+    known = digests.digests_of(path)
+    assert known.downloaded
+    assert known.sha256 == hashlib.sha256(hub.files[path.name]).hexdigest()
+    path.touch()  # another time, the same content
+    assert digests.digests_of(path).sha256 == known.sha256
+    assert digests.digests_of(path).downloaded
+    path.write_bytes(shard(2))
+    with pytest.raises(ValueError, match=rf"{path.name}.*not that of the download.*fetch it again"):
+        shards.shard_blocks(path)
 
 
 def test_a_wrong_checksum_is_refused(hub: Hub, tmp_path: Path) -> None:
@@ -130,5 +144,6 @@ def test_an_error_begins_no_further_download_and_leaves_nothing(hub: Hub, tmp_pa
     with pytest.raises(ValueError, match="SHA-256"):
         download(many, -1, 1, folder, hub.endpoint)
     assert len(hub.downloads) < 10
-    left = {path.name for path in folder.iterdir()}
+    left = {path.name for path in folder.glob("[!.]*")}
+    assert not (folder / ".download").exists()
     assert left == set(hub.downloads) - {"shard_00000.parquet"}

@@ -1,8 +1,10 @@
 """CORE: prompts by hand, answers against one whole forward pass a row, the bundle's files."""
 
+import hashlib
 import http.server
 import json
 import random
+import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -301,7 +303,27 @@ def test_download_goes_on_where_it_stopped(server: str, tmp_path: Path) -> None:
     assert len(load_tasks(folder)) == 3
     assert RangeHandler.requests == ["bytes=700-"]
     get_bundle(base, "http://127.0.0.1:9/never-asked")
-    assert sorted(p.name for p in base.iterdir()) == ["eval_bundle", "eval_bundle.lock"]
+    names = ["eval_bundle", "eval_bundle.lock", "eval_bundle.sha256"]
+    assert sorted(p.name for p in base.iterdir()) == names
+
+
+def test_the_bundle_stays_the_one_of_the_first_download(server: str, tmp_path: Path) -> None:
+    base = tmp_path / "home"
+    base.mkdir()
+    url, archive = f"{server}/eval_bundle.zip", tmp_path / "eval_bundle.zip"
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match=f"has the SHA-256 {digest}, not 0123"):
+        get_bundle(base, url, "0123" * 16)
+    folder = get_bundle(base, url, digest.upper())
+    assert get_bundle(base, url, digest) == folder
+    with pytest.raises(ValueError, match=f"is of an archive of SHA-256 {digest}, not 0123"):
+        get_bundle(base, url, "0123" * 16)
+    shutil.rmtree(folder)
+    content = bytearray(archive.read_bytes())
+    content[-1] ^= 1  # in the archive's comment length, say: what is unpacked may be the same
+    archive.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"not {digest} as .*eval_bundle\.sha256 says"):
+        get_bundle(base, url)
 
 
 def test_what_is_no_archive_is_removed(server: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,18 @@ import pytest
 import torch
 
 from nanochat.gpt import GPT
+from nanochat.locks import OwnedLock
 from nanochat.optim import muon
 from nanochat.text.tokenizer import RustBPETokenizer
-from tests.support.runs import rows_of_tokens, run_here, sentences, training_losses, write_shard
+from tests.support.runs import (
+    rank_of,
+    rows_of_tokens,
+    run_here,
+    sentences,
+    torchrun,
+    training_losses,
+    write_shard,
+)
 
 pytestmark = pytest.mark.long
 
@@ -59,10 +69,8 @@ class World:
 
     base_dir: Path
 
-    def start(self, *arguments: str, ranks: int = 1) -> subprocess.Popen[str]:
-        launcher = [sys.executable]
-        if ranks > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    def start(self, *arguments: str, ranks: int = 1, restarts: int = 0) -> subprocess.Popen[str]:
+        launcher = torchrun(ranks, restarts) if ranks > 1 else [sys.executable]
         data = f"--data_dir={self.base_dir / 'text'}"
         environment = os.environ | {
             "NANOCHAT_BASE_DIR": str(self.base_dir),
@@ -153,6 +161,33 @@ def test_resumed_equals_uninterrupted(world: World, uninterrupted: str) -> None:
     assert world.losses("whole2") == world.losses("whole")
 
 
+@pytest.mark.parametrize("name", ["model.pt", "optim_rank0.pt", "meta.json"])
+def test_a_flipped_bit_costs_one_checkpoint_not_the_run(
+    world: World, uninterrupted: str, name: str
+) -> None:
+    tag = f"flipped-{name.partition('.')[0]}"
+    shutil.copytree(world.folder("whole"), world.folder(tag), symlinks=True)
+    newest = world.folder(tag) / "000012"
+    content = bytearray((newest / name).read_bytes())
+    at = content.index(b'"step": 12') + 9 if name == "meta.json" else len(content) // 2
+    content[at] ^= 1
+    (newest / name).write_bytes(content)
+    message = refusal(
+        world, *SMALL, f"--data_dir={world.base_dir / 'text'}", f"--model_tag={tag}",
+        f"--resume_from={tag}/12",
+    )  # fmt: skip
+    assert f"{tag}/000012" in message
+    if name == "meta.json":
+        with pytest.warns(UserWarning, match=rf"skipping .*{tag}/000012: .*changed"):
+            output = world.run(f"--model_tag={tag}", "--resume")
+    else:
+        output = world.run(f"--model_tag={tag}", "--resume")
+        assert re.search(rf"skipping .*{tag}/000012: .*{name} is damaged", output)
+    assert f"resuming from {world.folder(tag) / '000009'}" in output
+    assert_same_weights(world.weights(tag), world.weights("whole"))
+    assert world.losses(tag) == world.losses("whole")
+
+
 def kill_and_resume(world: World, tag: str, kills: int, seed: int) -> None:
     chooser = random.Random(seed)
     for _ in range(kills):
@@ -178,29 +213,42 @@ def test_killed_twenty_times(world: World, uninterrupted: str) -> None:
         kill_and_resume(world, f"killed{seed}", kills=4, seed=seed + 1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_saves_and_leaves(
-    world: World, uninterrupted: str, number: signal.Signals
+def read_until(process: subprocess.Popen[str], begin: str) -> str:
+    """What a process prints up to a line that begins so."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(begin):
+            return "".join(lines)
+    pytest.fail(f"no line begins with {begin!r}: {''.join(lines)}")
+
+
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_asked_to_stop_it_saves_once_and_leaves(
+    world: World, number: signal.Signals, ranks: int
 ) -> None:
     tag = f"stopped-{number.name}"
-    process = world.start(f"--model_tag={tag}", "--save_every=-1", "--num_iterations=100000")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 00003/"):
-            process.send_signal(number)
-            break
+    endless = ("--save_every=-1", "--num_iterations=100000")
+    process = world.start(f"--model_tag={tag}", *endless, ranks=ranks)
+    read_until(process, "step 00003/")
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, output
-    assert f"{number.name}: saved step" in output
-    saved = [path.name for path in world.folder(tag).iterdir() if path.name.isdigit()]
-    assert len(saved) == 1
-    assert int(saved[0]) >= 3
+    # torchrun, which passes the signal on, ends with a code of its own
+    assert process.returncode == (128 + number if ranks == 1 else 1), output
+    assert output.count(f"{number.name}: saved step") == 1
+    (saved,) = steps_on_disk(world, tag)
+    assert int(saved) >= 3
 
 
-def test_two_ranks_train_like_one(world: World, uninterrupted: str) -> None:
+@pytest.fixture(scope="module")
+def two_ranks(world: World) -> str:
+    return world.run("--model_tag=two", ranks=2)
+
+
+def test_two_ranks_train_like_one(world: World, uninterrupted: str, two_ranks: str) -> None:
     # the same documents in the same global batch need one row group a rank: compare the first
     # step, which both begin from the same weights, and the course of the rest
-    world.run("--model_tag=two", ranks=2)
     one, two = world.losses("whole"), world.losses("two")
     assert two[0] == pytest.approx(one[0], rel=1e-4)
     assert two[-1] == pytest.approx(one[-1], rel=0.1)
@@ -210,11 +258,73 @@ def test_two_ranks_train_like_one(world: World, uninterrupted: str) -> None:
     assert "saved by 2 ranks" in output
 
 
+def test_torchrun_replaces_a_killed_rank(world: World, two_ranks: str) -> None:
+    run = ("--model_tag=restarted", "--resume", "--save_every=1")
+    process = world.start(*run, ranks=2, restarts=1)
+    read_until(process, "step 00003/")
+    victim = rank_of(process.pid, 1)
+    assert victim is not None
+    victim.kill()
+    # torchrun starts both ranks again, which continue by themselves
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "error: another rank has ended" in output
+    assert "Traceback" not in output
+    assert "resuming from" in output
+    assert_same_weights(world.weights("restarted"), world.weights("two"))
+    assert world.losses("restarted") == world.losses("two")
+
+
+@pytest.mark.slow
+def test_a_silent_rank_ends_the_run_after_the_timeout(world: World) -> None:
+    endless = ("--model_tag=silent", "--save_every=-1", "--num_iterations=100000")
+    process = world.start(*endless, "--collective_timeout=5", ranks=2)
+    read_until(process, "step 00003/")
+    victim = rank_of(process.pid, 1)
+    assert victim is not None
+    victim.suspend()
+    said = read_until(process, "error: ")
+    victim.resume()  # torchrun would kill it after half a minute
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "did not answer within --collective_timeout" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_ranks_fall_back_together(world: World, two_ranks: str) -> None:
+    """The newest optimizer state of rank 1 alone is damaged."""
+    shutil.copytree(world.folder("two"), world.folder("two_flipped"))
+    newest = world.folder("two_flipped") / "000012"
+    content = bytearray((newest / "optim_rank1.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / "optim_rank1.pt").write_bytes(content)
+    output = world.run("--model_tag=two_flipped", "--resume", ranks=2)
+    assert "000012: damaged, as another rank says" in output
+    assert f"resuming from {world.folder('two_flipped') / '000009'}" in output
+    assert_same_weights(world.weights("two_flipped"), world.weights("two"))
+
+
 def test_with_a_token_cache_any_number_of_ranks_sees_the_same_batches(world: World) -> None:
     small = ("--token_cache", "--num_iterations=5", "--save_every=-1")
     assert "tokenizing" in world.run("--model_tag=cached", *small)
     assert "tokenizing" not in world.run("--model_tag=cached2", *small, ranks=2)
     assert world.losses("cached2") == pytest.approx(world.losses("cached"), rel=1e-4)
+
+
+def test_a_second_run_of_a_tag_is_refused_and_spoils_nothing(world: World) -> None:
+    world.run("--model_tag=twice", "--num_iterations=3")
+    left = {path: path.read_bytes() for path in world.folder("twice").rglob("*.*")}
+    with OwnedLock(world.folder("twice") / ".run", "of a run that goes on"):
+        message = refusal(
+            world, *SMALL, f"--data_dir={world.base_dir / 'text'}", "--model_tag=twice"
+        )
+    assert f"base_checkpoints/twice is in use by process {os.getpid()} on " in message
+    assert "wait for it, stop it, or use another --model_tag" in message
+    now = {path: path.read_bytes() for path in world.folder("twice").rglob("*.*")}
+    assert {path: content for path, content in now.items() if path.suffix != ".lock"} == {
+        path: content for path, content in left.items() if path.suffix != ".lock"
+    }
 
 
 def failure(world: World, *arguments: str) -> str:
@@ -439,7 +549,7 @@ def test_one_shard_is_enough_and_a_bad_one_may_be_left_out(world: World, bad: Pa
     [
         ("tok_train", "--vocab_size=264", ("264 is below 265", "256 bytes", "--vocab_size=265")),
         ("tok_train", "--vocab_size=60000", ("not 60,000", "smaller --vocab_size or more text")),
-        ("tok_train", "--output_dir={bad}/key.py", ("bad/key.py", "cannot write the records")),
+        ("tok_train", "--output_dir={bad}/key.py", ("bad/key.py", "cannot lock the folder")),
         ("tok_eval", "--tokenizer_dir=/nowhere", ("/nowhere", "scripts.tok_train")),
         ("base_loss", "--checkpoint=nothing", ("'nothing'", "(steps to 12)")),
         ("base_loss", "--checkpoint={bad}/foreign.pt", ("is not a whole checkpoint", "model.pt")),
@@ -501,8 +611,8 @@ def test_no_permission_to_write_is_said_before_training(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", denied)
         message = refusal(world, *small)
-    assert "cannot write the records (Permission denied)" in message
-    assert "denied/metrics.jsonl" in message
+    assert "cannot lock the folder (Permission denied)" in message
+    assert "base_checkpoints/denied" in message
     assert "NANOCHAT_BASE_DIR" in message
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     message = refusal(world, *small)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from nanochat.text.tokenizer import RustBPETokenizer
-from tests.support.runs import run_here, training_losses
+from tests.support.runs import rank_of, run_here, torchrun, training_losses
 
 pytestmark = pytest.mark.long
 
@@ -42,10 +42,10 @@ class World:
 
     base_dir: Path
 
-    def start(self, script: str, *arguments: str, ranks: int = 1) -> subprocess.Popen[str]:
-        launcher = [sys.executable]
-        if ranks > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    def start(
+        self, script: str, *arguments: str, ranks: int = 1, restarts: int = 0
+    ) -> subprocess.Popen[str]:
+        launcher = torchrun(ranks, restarts) if ranks > 1 else [sys.executable]
         return subprocess.Popen(
             [*launcher, str(ROOT / "scripts" / f"{script}.py"), *COMMON, *arguments],
             env=os.environ
@@ -232,6 +232,40 @@ def test_a_killed_stage_goes_on_bit_for_bit(
         process.communicate()
     assert "resuming from" in rl.run(script, *again)
     assert_same(rl.weights(stage, "d2"), rl.weights(stage, "killed"))
+
+
+BASE_FLAGS = (*BASE, "--data_dir={base}/text", "--keep_last=0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("script", "stage", "flags"), [("base_train", "base", BASE_FLAGS), *EACH_STAGE.args[1]]
+)
+def test_two_ranks_of_each_stage_survive_kills_while_they_save(
+    rl: World, script: str, stage: str, flags: tuple[str, ...], rank: int
+) -> None:
+    """torchrun starts the ranks again three times; they continue by themselves, bit for bit."""
+    flags = tuple(flag.format(base=rl.base_dir) for flag in flags)
+    flags += ("--device_batch_size=1", "--num_iterations=12", "--save_every=1", "--resume")
+    rl.run(script, *flags, "--model_tag=two_whole", ranks=2)
+    tag = f"two_killed_{rank}"
+    process = rl.start(script, *flags, f"--model_tag={tag}", ranks=2, restarts=3)
+    assert process.stdout is not None
+    chooser, kills, output = random.Random(rank), 0, []
+    for line in process.stdout:
+        output.append(line)
+        # every step is saved: a moment after its line, its checkpoint is being written
+        if kills < 3 and re.match(rf"step 0*{3 * (kills + 1)}/.*loss", line):
+            time.sleep(chooser.random() * 0.05)
+            victim = rank_of(process.pid, rank)
+            assert victim is not None
+            victim.kill()
+            kills += 1
+    process.communicate(timeout=60)
+    assert process.returncode == 0, "".join(output)
+    assert kills == 3
+    assert_same(rl.weights(stage, "two_whole", 12), rl.weights(stage, tag, 12))
 
 
 def test_switches_of_reinforcement(rl: World) -> None:

@@ -45,7 +45,7 @@ def test_a_run_too_short_is_refused_and_a_resumed_one_is_not(base_dir: Path) -> 
     data = f"--data_dir={base_dir / 'text'}", "--model_tag=short"
     with pytest.raises(SystemExit, match="--profile=3 needs a run of at least 4 steps"):
         run_here(base_dir, TRAIN, *TINY, *data, "--num_iterations=3", "--profile=3")
-    assert not (base_dir / "base_checkpoints" / "short").exists()
+    assert not (base_dir / "base_checkpoints" / "short" / "metrics.jsonl").exists()
     run_here(base_dir, TRAIN, *TINY, *data, "--num_iterations=1")
     said = run_here(base_dir, TRAIN, *TINY, *data, "--num_iterations=2", "--resume", "--profile=3")
     assert "no profile: 1 steps are left" in said

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -29,6 +30,7 @@ from nanochat import hardware
 from nanochat.data.dataloader import CUDAPrefetcher
 from nanochat.gpt import GPT
 from nanochat.kernels.registry import REGISTRY
+from nanochat.locks import OwnedLock
 from nanochat.text.tokenizer import RustBPETokenizer
 from nanochat.tracking import Tracker
 
@@ -47,6 +49,21 @@ TINY = (
     "--eval_tokens=128",
     "--sample_every=-1",
 )
+
+
+def torchrun(ranks: int, restarts: int = 0) -> list[str]:
+    """The words that start a script on several ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+
+
+def rank_of(torchrun: int, rank: int) -> psutil.Process | None:
+    """The process of a rank that torchrun, a process id, has started; None while there is none."""
+    for child in psutil.Process(torchrun).children():
+        with contextlib.suppress(psutil.Error):
+            if child.environ().get("RANK") == str(rank):
+                return child
+    return None
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -118,9 +135,9 @@ def process_restored() -> Iterator[None]:
     """Put back what a script changes in its process; close what an error leaves open."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     selected = {op: op.selected for op in REGISTRY.values()}
-    left_open: list[Tracker | CUDAPrefetcher] = []
+    left_open: list[Tracker | CUDAPrefetcher | OwnedLock] = []
 
-    def noting(closable: type[Tracker] | type[CUDAPrefetcher]) -> Any:
+    def noting(closable: type[Tracker] | type[CUDAPrefetcher] | type[OwnedLock]) -> Any:
         build = closable.__init__
 
         def build_and_note(self: Any, *arguments: Any, **options: Any) -> None:
@@ -134,6 +151,7 @@ def process_restored() -> Iterator[None]:
         with (
             noting(Tracker),
             noting(CUDAPrefetcher),
+            noting(OwnedLock),
             # what the device reaches is another test's subject, and takes seconds
             mock.patch.object(hardware, "measure_gemm", return_value=1e11),
             mock.patch.object(hardware, "measure_copy", return_value=1e10),

@@ -154,10 +154,16 @@ def test_nothing_found_says_what_there_is(tmp_path, spec):
         checkpoint_read.find(spec, "bass", tmp_path)
 
 
+def _edit_meta(step_dir: Path) -> None:
+    meta = step_dir / "meta.json"
+    meta.write_text(meta.read_text().replace('"tag": "d4"', '"tag": "d5"'))
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         (lambda d: (d / "meta.json").unlink(), "meta.json cannot be read"),
+        (lambda d: _edit_meta(d), "meta.json is damaged or was changed"),
         (lambda d: (d / "meta.json").write_text(""), "not one of this project's"),
         (lambda d: (d / "meta.json").write_text("[1]"), "not one of this project's"),
         (lambda d: (d / "optim_rank0.pt").unlink(), "optim_rank0.pt is missing"),
@@ -326,13 +332,87 @@ def test_no_permission_is_a_clear_error(tmp_path):
         save(tmp_path, 1)
 
 
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def test_a_flipped_byte_is_named(tmp_path):
     step_dir = save(tmp_path, 1)
-    content = bytearray((step_dir / "model.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (step_dir / "model.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.pt is damaged"):
+    flip(step_dir / "model.pt")
+    with pytest.raises(checkpoint_read.DamagedCheckpointError, match=r"model\.pt is damaged"):
         checkpoint_read.load_model_state(step_dir)
+
+
+def test_every_flipped_byte_of_meta_is_found_or_harmless(tmp_path):
+    step_dir = save(tmp_path, 1)
+    meta = checkpoint_read.load_meta(step_dir)
+    path = step_dir / "meta.json"
+    whole, found = path.read_bytes(), 0
+    for position in range(len(whole)):
+        path.write_bytes(
+            whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :]
+        )
+        problem = checkpoint_read.problem_of(step_dir)
+        found += bool(problem)
+        if not problem:
+            read = checkpoint_read.load_meta(step_dir)
+            # white space; or the name of the digest, which leaves a member more
+            assert {name: read[name] for name in meta if name in read} | {
+                "sha256": meta["sha256"]
+            } == meta
+    assert found > 0.6 * len(whole)
+    changed = meta | {"step": 2}
+    path.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="is damaged or was changed"):
+        checkpoint_read.load_meta(step_dir)
+
+
+@pytest.mark.parametrize("name", ["step", "tag", "world_size", "files"])
+def test_what_meta_lacks_is_named(tmp_path, name):
+    step_dir = save(tmp_path, 1)
+    meta = checkpoint_read.load_meta(step_dir)
+    for value in (None, [1.5]):
+        changed = {key: entry for key, entry in meta.items() if key not in (name, "sha256")}
+        changed |= {} if value is None else {name: value}
+        (step_dir / "meta.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"it has no valid {name}"):
+            checkpoint_read.load_meta(step_dir)
+    del meta["files"]["optim_rank0.pt"]["sha256"]
+    (step_dir / "meta.json").write_text(
+        json.dumps(meta | {"sha256": checkpoint_read.meta_digest(meta)})
+    )
+    with pytest.raises(ValueError, match=r"lists no optim_rank0\.pt"):
+        checkpoint_read.load_meta(step_dir)
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        ("12", True),
+        ("d4/000012", True),
+        ("d4/12", True),
+        ("/base/d4/000012/model.pt", True),
+        ("d4/000012/", True),
+        ("d4", False),
+        ("latest.pt", False),
+        ("d4/latest.pt", False),
+        ("base_checkpoints", False),
+    ],
+)
+def test_only_a_step_that_was_named_is_taken_alone(tmp_path, spec, named):
+    assert checkpoint_read.names_a_step(spec) == named
+
+
+def test_what_may_be_resumed_begins_with_the_newest(tmp_path):
+    assert checkpoint_read.resumable(None, "base", tmp_path, "d4") == []
+    steps = [save(tmp_path, step) for step in (1, 2, 3)]
+    os.truncate(steps[1] / "model.pt", 100)
+    for spec in (None, "d4", "latest.pt"):
+        assert checkpoint_read.resumable(spec, "base", tmp_path, "d4") == [steps[2], steps[0]]
+    assert checkpoint_read.resumable("d4/3", "base", tmp_path, "d4") == [steps[2]]
 
 
 class _Payload:
@@ -362,6 +442,7 @@ def _forge(step_dir: Path, name: str) -> None:
     meta = json.loads((step_dir / "meta.json").read_text())
     content = (step_dir / name).read_bytes()
     meta["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    meta["sha256"] = checkpoint_read.meta_digest(meta)
     (step_dir / "meta.json").write_text(json.dumps(meta))
 
 
