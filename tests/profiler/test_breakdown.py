@@ -75,6 +75,10 @@ def test_tables_hold_every_millisecond() -> None:
     assert operations.rows[-1][1] == "1 smaller ones, each under 0.2 %"
     assert top.rows == [("gemm", "3.00 ms", "30.0 %", "2")]
     assert ("HFU, FLOPs of all operations, of the datasheet", "25.0 %") in overview.rows
+    # the others of a stage without operations are in the table of stages alone
+    assert [row[0] for row in operations.rows] == ["backward", "forward", "optimizer", ""]
+    plain = next(row for row in overview.rows if row[0] == "step, median of those before")
+    assert plain[1] == "8.00 ms; profiled ones took 25.0 % longer"
     text = breakdown.text(a_record())
     assert "of the datasheet" not in text
     assert "gaps between kernels" not in text
