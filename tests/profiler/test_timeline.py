@@ -263,6 +263,19 @@ def test_nothing_stays_installed(steps_done: int) -> None:
     assert not torch.autograd._profiler_enabled()
 
 
+def test_a_compiled_model_is_left_alone() -> None:
+    """What the graph has traced is not wrapped, so it is not compiled again; optimizers are."""
+    model = GPT(GPTConfig(16, 128, 1, 1, 1, 128), torch.float32)
+    optimizers = model.setup_optimizers(0.2, 0.004, 0.02, 0.0, distributed=False)
+    before = {name: op._call for name, op in operations().items()}
+    capture = StepCapture(model, optimizers, 1, False, compiled=True)
+    capture.begin()
+    wrapped = {name for name, op in operations().items() if op._call is not before[name]}
+    capture.close()
+    assert wrapped == {"adamw_step", "newton_schulz"}
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
 @pytest.mark.parametrize(
     ("name", "short"),
     [("blocks.3.attn.c_qkv", "attn.c_qkv"), ("blocks.3", "block"), ("wte", "wte")],
@@ -271,7 +284,7 @@ def test_layers_share_a_name(name: str, short: str) -> None:
     assert short_name(name) == short
 
 
-def test_an_operation_called_once_more_costs_no_more_than_a_call() -> None:
+def test_without_a_profile_an_operation_is_the_call_of_its_implementation() -> None:
     """Without a profile an operation is the function that was selected, and nothing around it."""
     assert isinstance(operations()["rms_norm"], Op)
     code = Op.__call__.__code__
