@@ -140,6 +140,14 @@ def identify(device: torch.device) -> Hardware | None:
     return lookup(torch.cuda.get_device_name(device))
 
 
+def name_of(device: torch.device) -> str:
+    """What a person calls the device: the GPU, or the processor with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{_cpu_name()}, {threads} thread{'s' * (threads > 1)}"
+
+
 def describe() -> dict[str, object]:
     """Processor, memory and GPUs of this machine, as plain values for a record."""
     description: dict[str, object] = {

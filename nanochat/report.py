@@ -18,6 +18,7 @@ from typing import Any
 
 from nanochat import command, stages
 from nanochat.common import get_base_dir, replace_file
+from nanochat.profiler import breakdown, toggles
 from nanochat.tracking import METRICS_FILE, environment, read_records
 
 PLAN_ROWS = {
@@ -40,7 +41,7 @@ CURVES = (
     ("eval", "pass@1", "pass@1"),
 )
 # kinds of records with a section of their own; the last step of any other becomes a table
-SHOWN_ELSEWHERE = {"start", "resume", "plan", "train", "sample", "end"}
+SHOWN_ELSEWHERE = {"start", "resume", "plan", "train", "sample", "end", "profile", "toggles"}
 # values of a record that are not results
 BOOKKEEPING = {"time", "run", "stage", "kind", "step", "settings", "environment"}
 STEADY_AFTER = (
@@ -146,7 +147,7 @@ def _header(runs: Mapping[str, list[Record]]) -> str:
 
 def _stage_section(stage: str, records: list[Record], folder: Path) -> str:
     trained = _series(records, "train")
-    parts = [f"## {stages.titles().get(stage, stage)}"]
+    parts = [f"## {stages.title_of(stage)}"]
     rows = _training_rows(records, trained) if trained else _result_rows(records)
     if rows:
         parts.append(table(["", ""], rows))
@@ -154,6 +155,13 @@ def _stage_section(stage: str, records: list[Record], folder: Path) -> str:
     picture = _plot(stage, records, folder)
     if picture:
         parts.append(picture)
+    for kind, subject in (("profile", breakdown), ("toggles", toggles)):
+        measured = _last_step([r for r in records if r.get("kind") == kind])
+        for part in subject.tables(measured[-1]) if measured else ():
+            parts.append(f"### {part.title}\n\n{table(part.columns, part.rows)}")
+        if measured and kind == "toggles":
+            toggles.draw(measured[-1], folder / f"{stage}_toggles.png")
+            parts.append(f"![step time of each choice of kernels]({stage}_toggles.png)")
     samples = _last_step([r for r in records if r.get("kind") == "sample"])
     if samples:
         rows = [(r.get("prompt"), r.get("text")) for r in samples]
@@ -281,7 +289,7 @@ def _wall_clock(runs: Mapping[str, list[Record]]) -> str:
     for stage, records in runs.items():
         measured = _merged(records, "end").get("wall_seconds")
         seconds = measured if _is_number(measured) else _time(records[-1]) - _time(records[0])
-        rows.append((stages.titles().get(stage, stage), seconds))
+        rows.append((stages.title_of(stage), seconds))
     rows.append(("total", sum(seconds for _, seconds in rows)))
     cells = [(title, f"{seconds / 60:.1f}") for title, seconds in rows]
     return "## Wall clock\n\n" + table(["stage", "minutes"], cells)

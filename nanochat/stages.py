@@ -95,6 +95,8 @@ TOKENIZER_TITLES = {
     "tok_train": "Tokenizer training",
     "tok_eval": "Tokenizer evaluation",
 }
+# what belongs to no stage, in the report
+OTHER_TITLES = {"profile_train": "Profile of training steps"}
 
 
 def names() -> list[str]:
@@ -139,6 +141,11 @@ def titles() -> dict[str, str]:
         found |= dict(stage.evaluations)
         found[stage.chat_evaluation] = stage.chat_title
     return found
+
+
+def title_of(name: str) -> str:
+    """The heading of a name in the records, the name itself where it has none."""
+    return (titles() | OTHER_TITLES).get(name, name)
 
 
 def shell_rows() -> list[str]:

@@ -8,30 +8,24 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Any
 
 from nanochat import command, configurator, scaling
 from nanochat.common import Runtime, freeze_garbage, print0
-from nanochat.data.dataloader import PACKERS, CUDAPrefetcher, DataLoader
+from nanochat.data.dataloader import CUDAPrefetcher, DataLoader
 from nanochat.data.shards import list_shards
-from nanochat.dataset import DATASETS, resolve_data_dir
+from nanochat.dataset import resolve_data_dir
 from nanochat.eval.core import centred, evaluate_task
 from nanochat.eval.core_bundle import CoreTask, get_bundle, load_tasks
 from nanochat.eval.loss import evaluate_bpb
 from nanochat.gpt import GPT
 from nanochat.optim import schedule
-from nanochat.settings import (
-    Choices,
-    Count,
-    CountOrMinusOne,
-    PositiveOrMinusOne,
-    Share,
-)
 from nanochat.text.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.text.tokenizer_base import Tokenizer
 from nanochat.train import auto_batch, precision, run
+from nanochat.train.pretraining import PretrainingSettings
 from nanochat.train.run import due
-from nanochat.train.session import Session, TrainingSettings, compiled, first_batches, launch
+from nanochat.train.session import Session, compiled, first_batches, launch
 from nanochat.train.step import train_step
 
 SAMPLE_PROMPTS = (
@@ -47,45 +41,8 @@ SAMPLE_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Settings(TrainingSettings):
+class Settings(PretrainingSettings):
     """Pretrain a base model: every size follows from --depth unless it is given."""
-
-    use_dummy_wandb: bool = False  # never use wandb, whatever the run is called
-    dataset: Annotated[str, Choices(DATASETS)] = "auto"  # auto: what is downloaded, else embedded
-    data_dir: str = ""  # folder of parquet, JSONL or text files to train on instead of a dataset
-    depth: Count = 20  # transformer blocks
-    n_kv_head: CountOrMinusOne = -1  # key/value heads (grouped queries); -1: as many as query heads
-    max_seq_len: Count = 2048  # tokens of context
-    num_iterations: CountOrMinusOne = -1  # optimizer steps; -1 derives them from the next two
-    target_flops: PositiveOrMinusOne = -1.0  # FLOPs of the whole run; -1 takes the data ratio
-    target_param_data_ratio: PositiveOrMinusOne = 20.0  # training tokens for each parameter
-    total_batch_size: Count = 524_288  # tokens of one optimizer step over all devices
-    warmup_ratio: Share = 0.0  # share of the run in which the rates rise
-    warmdown_ratio: Share = 0.2  # share of the run in which the rates fall
-    final_lr_frac: Share = 0.0  # the rates at the very end, as a share of their peak
-    eval_tokens: Count = 20 * 524_288  # validation tokens
-    core_metric_every: CountOrMinusOne = -1  # steps between CORE scores, and at the end; -1: never
-    core_metric_max_per_task: CountOrMinusOne = 500  # examples of each CORE task; -1 is all
-    core_bundle_dir: str = ""  # unpacked CORE bundle; empty downloads it to the base directory
-    core_bundle_sha256: str = ""  # of its archive; empty is that of the first download
-    sample_every: CountOrMinusOne = 2000  # steps between samples; -1 samples only at the end
-    model_tag: str = ""  # folder of the checkpoints; empty is d<depth>
-    compile: bool = False  # torch.compile the model
-    precision: str = "plain"  # plain: the compute dtype; mxfp4: block-scaled, experiments/mxfp4
-    mx_recipe: str = ""  # recipe of --precision=mxfp4; empty is mx8f_mx4b
-    mx_backend: str = ""  # native, an error where the GPU has no such products; or emulate
-    mx_keep: str = ""  # layers left in the compute dtype: blocks.0,blocks.*.mlp.c_proj
-    packing: Annotated[str, Choices(PACKERS)] = "stream"  # bestfit: each row begins with a document
-    skip_bad_shards: bool = False  # leave out unreadable shards instead of stopping
-    token_cache: bool = False  # tokenize once, into <base dir>/token_cache, and read from there
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for settings that contradict each other."""
-        if self.warmup_ratio + self.warmdown_ratio > 1:
-            raise ValueError(
-                f"--warmup_ratio={self.warmup_ratio} and --warmdown_ratio={self.warmdown_ratio} "
-                "must not add up to more than 1, the whole run; lower one of them"
-            )
 
 
 def main() -> None:

@@ -12,3 +12,4 @@ eval_tokens = 65_536
 sample_every = 160
 save_every = 40
 warmdown_ratio = 0.4
+profile = 3

@@ -88,6 +88,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         with np.errstate(all="ignore"):  # masked lanes compute on padding
             kernel[grid](*arguments, **options)
     else:
+        kernel.launch_metadata = launch_metadata
         kernel[grid](*arguments, **options)
 
 
@@ -102,6 +103,18 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# of whoever profiles, the newest last; one list for all threads, as autograd launches from its own
+describers: list[Callable[[str, dict[str, Any]], dict[str, Any]]] = []
+
+
+def launch_metadata(grid: Any, metadata: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What Triton tells its launch hooks, Proton's among them, of a launch; not asked without one.
+
+    A describer gets the kernel's name and its arguments by name.
+    """
+    return describers[-1](metadata.name, arguments) if describers else {}
 
 
 def cdiv(a: int, b: int) -> int:

@@ -117,12 +117,9 @@ class Op:
     ) -> None:
         if name in REGISTRY:
             raise ValueError(f"there is an operation {name!r} already; choose another name")
-        self.name = name
-        self.summary = summary
-        self.reference = reference
-        self.cost = cost
-        self.examples = examples
-        self.workload = workload
+        self.name, self.summary = name, summary
+        self.reference, self.cost = reference, cost
+        self.examples, self.workload = examples, workload
         self.implementations = {
             "reference": Implementation("reference", reference, runs_everywhere)
         }
@@ -151,9 +148,7 @@ class Op:
         self._call = self.implementations[name].call
 
     @contextlib.contextmanager
-    def wrapped(
-        self, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
-    ) -> Iterator[None]:
+    def wrapped(self, wrapper: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
         """Within the block, calls go to `wrapper` of the implementation: for profilers."""
         call = self._call
         self._call = wrapper(call)

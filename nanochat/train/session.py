@@ -43,6 +43,7 @@ from nanochat.settings import (
     Count,
     CountOrAuto,
     CountOrMinusOne,
+    CountOrZero,
     Device,
     NonNegative,
     Positive,
@@ -52,6 +53,7 @@ from nanochat.settings import (
 from nanochat.text.tokenizer_base import Tokenizer
 from nanochat.tracking import Tracker
 from nanochat.train.checkpoint_read import resumable
+from nanochat.train.profiling import StepProfile, announced
 from nanochat.train.run import TrainState, choices_record, device_peaks, reasons_record
 from nanochat.train.step import StepResult, set_rates
 
@@ -80,6 +82,7 @@ class TrainingSettings:
     resume_from: str = ""  # continue from this checkpoint: file, folder, tag or step
     collective_timeout: Positive = COLLECTIVE_TIMEOUT  # seconds to wait for other ranks
     kernels: str = "auto"  # auto, reference, a name, or a list such as triton,attention=sdpa
+    profile: CountOrZero = 0  # steady steps to profile: time by operation, MFU, HFU, a trace
     verbose: bool = False  # print why each operation runs as it does
     seed: Seed = 42  # of everything random
 
@@ -143,8 +146,8 @@ class Session:
             newton_schulz=settings.newton_schulz,
         )
         header = {"kernels": choices_record(kernels), **record}
-        meta = {"settings": asdict(settings), **header}
-        meta["tokenizer_fingerprint"] = tokenizer.fingerprint()
+        fingerprint = {"tokenizer_fingerprint": tokenizer.fingerprint()}
+        meta = {"settings": asdict(settings), **header, **fingerprint}
         stage = stages.get(stage).name
         self.state = TrainState(model, optimizers, self.meter, stage, tag, meta)
         folder = self.state.directory(runtime)
@@ -154,6 +157,8 @@ class Session:
             resumed = resumable(settings.resume_from or None, stage, runtime.base_dir, tag)
         if resumed:
             self.state.restore(resumed, runtime)
+        compiles = getattr(settings, "compile", False)
+        self.profile = StepProfile(settings.profile, self.state, folder, runtime, compiles)
         self.tracker = Tracker(
             folder,
             runtime,
@@ -196,6 +201,7 @@ class Session:
 
         Raises  RunFailedError with what to lower.
         """
+        self.profile.begin()
         with self._interruptible() as caught:
             yield
         if caught:
@@ -246,11 +252,14 @@ class Session:
         Raises  RunFailedError after settings.max_skipped_steps skipped steps in a row.
         """
         loss, grad_norm = result.loss.item(), result.grad_norm.item()
+        seconds = time.perf_counter() - begun
+        if profiled := self.profile.end(seconds, self.meter):
+            self.log("profile", announced(profiled, self.profile.folder), **profiled)
         if not result.finite:
             self._log_skipped(loss, grad_norm)
             return
         self.state.skipped_in_a_row = 0
-        values = self.meter.update(self.step, loss, time.perf_counter() - begun)
+        values = self.meter.update(self.step, loss, seconds)
         values |= {"grad_norm": grad_norm, "lr_scale": lr_scale, **more}
         values |= {"memory_gib": peak_memory_gib(self.runtime)}
         self.tracker.log("train", self.step, **values)
@@ -263,13 +272,9 @@ class Session:
         state.skipped += 1
         state.skipped_in_a_row += 1
         said = f"loss {loss}, gradient norm {grad_norm}"
-        self.log(
-            "skipped",
-            f"{said}: no update ({state.skipped_in_a_row} in a row, {state.skipped} in all)",
-            reason=said,
-            in_a_row=state.skipped_in_a_row,
-            in_all=state.skipped,
-        )
+        counts = {"in_a_row": state.skipped_in_a_row, "in_all": state.skipped}
+        text = f"{said}: no update ({counts['in_a_row']} in a row, {counts['in_all']} in all)"
+        self.log("skipped", text, reason=said, **counts)
         state.step += 1
         if state.skipped_in_a_row >= most:
             raise RunFailedError(
@@ -287,6 +292,7 @@ class Session:
 
         values  of the record
         """
+        self.profile.close()
         stop = self.runtime.stop
         assert stop is not None, "launch() listens for signals"
         if not self.stopped:

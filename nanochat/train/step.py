@@ -21,6 +21,7 @@ from torch import Tensor
 from nanochat.common import RanksOutOfMemoryError, Runtime, StoppedError
 from nanochat.kernels.linear_cross_entropy import IGNORE_INDEX
 from nanochat.optim.sharding import BucketOptimizer
+from nanochat.profiler.capture import stage
 
 
 class StepResult(NamedTuple):
@@ -64,9 +65,11 @@ def train_step(
         for batch in micro_batches:
             if runtime.asked_to_stop:
                 break  # the other ranks learn of it with the norm
-            loss = loss_sum(model, batch) / valid
+            with stage("forward"):
+                loss = loss_sum(model, batch) / valid
             # the optimizers average over ranks, and `valid` already counts all of them
-            (loss * runtime.world_size).backward()
+            with stage("backward"):
+                (loss * runtime.world_size).backward()
             total += loss.detach()
     except torch.OutOfMemoryError:
         out_of_memory = True

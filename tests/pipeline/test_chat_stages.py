@@ -120,6 +120,15 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def assert_profiled(world: World, stage: str, tag: str) -> None:
+    """Every category has its time, and operations have costs: in any stage, while it trains on."""
+    (record,) = world.records(stage, tag, "profile")
+    times = record["categories"]
+    assert all(times[name] > 0 for name in ("data", "forward", "backward", "optimizer")), times
+    assert sum(times.values()) == pytest.approx(record["step_seconds"], rel=0.02)
+    assert any(row.get("flops") for row in record["operations"] if row["category"] == "backward")
+
+
 def test_mid_training_goes_on_from_the_base_model(mid: World) -> None:
     losses = [record["loss"] for record in mid.records("mid", "d2", "train")]
     assert len(losses) == 6
@@ -148,8 +157,9 @@ def test_rows_of_a_step_stand_for_its_tokens(sft: World) -> None:
 
 def test_mid_training_resumes_bit_for_bit(mid: World) -> None:
     step = mid.base_dir / "mid_checkpoints" / "d2" / "000002"
-    mid.run("mid_train", *MID, f"--resume_from={step}", "--model_tag=again")
+    mid.run("mid_train", *MID, f"--resume_from={step}", "--model_tag=again", "--profile=2")
     assert_same(mid.weights("mid", "d2"), mid.weights("mid", "again"))
+    assert_profiled(mid, "mid", "again")
 
 
 @pytest.mark.parametrize("packing", ["padded", "packed"])
@@ -160,8 +170,9 @@ def test_fine_tuning_resumes_bit_for_bit(sft: World, packing: str) -> None:
         sft.run("chat_sft", *SFT, "--packing=packed", f"--model_tag={tag}")
     step = sft.base_dir / "chatsft_checkpoints" / tag / "000004"
     again = (f"--packing={packing}", f"--resume_from={step}", f"--model_tag={tag}again")
-    sft.run("chat_sft", *SFT, *again)
+    sft.run("chat_sft", *SFT, *again, "--profile=1")
     assert_same(sft.weights("chatsft", tag), sft.weights("chatsft", f"{tag}again"))
+    assert_profiled(sft, "chatsft", f"{tag}again")
 
 
 def test_reinforcement_records_rewards_and_resumes_bit_for_bit(rl: World) -> None:
@@ -170,8 +181,9 @@ def test_reinforcement_records_rewards_and_resumes_bit_for_bit(rl: World) -> Non
     assert all(0 <= record["reward"] <= 1 and record["length"] > 0 for record in train)
     assert set(rl.records("chatrl", "d2", "eval")[-1]) >= {"pass@1", "pass@2"}
     step = rl.base_dir / "chatrl_checkpoints" / "d2" / "000004"
-    rl.run("chat_rl", *RL, f"--resume_from={step}", "--model_tag=again")
+    rl.run("chat_rl", *RL, f"--resume_from={step}", "--model_tag=again", "--profile=1")
     assert_same(rl.weights("chatrl", "d2"), rl.weights("chatrl", "again"))
+    assert_profiled(rl, "chatrl", "again")
 
 
 EACH_STAGE = pytest.mark.parametrize(
