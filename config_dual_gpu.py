@@ -4,7 +4,7 @@ torchrun --nproc_per_node=2 scripts/base_train.py config_dual_gpu.py
 
 Not measured:
 python -m scripts.plan config_dual_gpu.py --gpu="RTX 4090" --num_gpus=2
-forecast: batch 8, 11.9 of 22.5 GiB, 104,539 to 133,329 tokens/s, 14 to 17.8 hours
+forecast: batch 8, 12.2 of 22.5 GiB, 104,539 to 133,329 tokens/s, 14 to 17.8 hours
 """
 
 run = "dual_gpu"

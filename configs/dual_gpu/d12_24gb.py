@@ -4,7 +4,7 @@ torchrun --nproc_per_node=2 scripts/base_train.py configs/dual_gpu/d12_24gb.py
 
 Not measured:
 python -m scripts.plan configs/dual_gpu/d12_24gb.py --gpu="RTX 4090" --num_gpus=2
-forecast: batch 16, 11.2 of 22.5 GiB, 208,356 to 261,313 tokens/s, 3.95 to 4.95 hours
+forecast: batch 16, 11.3 of 22.5 GiB, 208,356 to 261,313 tokens/s, 3.95 to 4.95 hours
 """
 
 run = "dual_gpu_d12_24gb"

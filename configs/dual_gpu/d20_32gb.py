@@ -4,7 +4,7 @@ torchrun --nproc_per_node=2 scripts/base_train.py configs/dual_gpu/d20_32gb.py
 
 Not measured:
 python -m scripts.plan configs/dual_gpu/d20_32gb.py --gpu="RTX 5090" --num_gpus=2
-forecast: batch 8, 18.5 of 30.4 GiB, 86,030 to 106,404 tokens/s, 29.3 to 36.2 hours
+forecast: batch 8, 18.8 of 30.4 GiB, 86,030 to 106,404 tokens/s, 29.3 to 36.2 hours
 """
 
 run = "dual_gpu_d20_32gb"

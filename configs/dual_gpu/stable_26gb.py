@@ -5,7 +5,7 @@ torchrun --nproc_per_node=2 scripts/base_train.py configs/dual_gpu/stable_26gb.p
 Not measured:
 python -m scripts.plan configs/dual_gpu/stable_26gb.py --gpu="RTX 5090" --num_gpus=2 \
     --gpu_memory_gib=26
-forecast: batch 18, 21.5 of 24.5 GiB, 173,202 to 227,968 tokens/s, 6.15 to 8.09 hours
+forecast: batch 18, 21.6 of 24.5 GiB, 173,202 to 227,968 tokens/s, 6.15 to 8.09 hours
 """
 
 run = "dual_gpu_stable_26gb"

@@ -4,15 +4,15 @@ Shapes  x: (N, D); weight: (V, D), of which vocab_size rows are real; targets, s
 Dtypes  float32, bfloat16, float16; losses and dW in float32, dx in the dtype of x.
 Saves   nothing; the logits of `chunk_rows` rows are in memory, their dlogits in the same place.
 Chunks  65,536 tokens and a vocabulary of 65,536 in bfloat16 would be 8.6 GB of logits. 9 chunks of
-        7296 rows share one buffer of 0.96 GB: x W^T goes into it, a kernel turns logits into
-        dlogits in place, two products take dx and dW from there, the next chunk overwrites it.
+        up to 7552 rows share one buffer of 0.99 GB: x W^T goes into it, a kernel turns logits
+        into dlogits in place, two products take dx and dW from there, the next overwrites it.
 Source  Liger Kernel, arXiv:2410.10989.
 """
 
 import torch
 from torch import Tensor
 
-from nanochat.kernels.launch import Config, cdiv
+from nanochat.kernels.launch import Config
 from nanochat.kernels.linear_cross_entropy_kernels import launch_losses
 
 IGNORE_INDEX = -1
@@ -30,14 +30,11 @@ def chunk_rows(x_ND: Tensor, V: int, small: bool) -> int:
     """Rows whose logits are in memory at once: few where `small`, so many that products are fast
     and dW is summed in few passes otherwise.
 
-    As few chunks as the bytes of the configuration allow, all of one size but for the last:
-    65,536 rows of 128 KB in at most 1000 MB are 9 chunks of 7296 rows, a multiple of 128.
+    As many as the bytes of the configuration hold, a multiple of 128: in 1000 MB, 7552 of 128 KB.
     """
     config = SMALL_CHUNK if small else CHUNK
     megabytes = config.choose(x_ND, V)["megabytes"]
-    most = max(128, int(megabytes * 1e6 / (V * x_ND.element_size())) // 128 * 128)
-    rows = max(x_ND.shape[0], 1)
-    return cdiv(rows, 128 * cdiv(rows, most)) * 128
+    return max(128, int(megabytes * 1e6 / (V * x_ND.element_size())) // 128 * 128)
 
 
 def extra_bytes(

@@ -15,8 +15,8 @@ collective has ended.
 
 Example, d20 with 8 x 2048 tokens in bfloat16, kernels in Triton: 2.25 GB of weights, 2.24 of
 gradients and 2.92 of optimizer state; 11.8 of activations, of which 14 units of tokens x width x 2
-bytes belong to each of 20 layers; 0.95 of weights in bfloat16; 1.10 for a chunk of 5504 rows of
-logits beside dx and dW. The peak is in the loss: 21.4 GB.
+bytes belong to each of 20 layers; 0.95 of weights in bfloat16; 1.37 for a chunk of 7552 rows of
+logits beside dx and dW. The peak is in the loss: 21.6 GB.
 """
 
 from collections.abc import Iterator
