@@ -23,7 +23,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.rows import machine
+from bench.session import machine
 from nanochat.sandbox.execution import Sandbox
 from nanochat.sandbox.workers import BUBBLEWRAP_ONCE, Limits, ways_outside
 

@@ -10,6 +10,7 @@ those of `Cost.backward`, whichever implementation ran. Not measured: Proton nee
 """
 
 import contextlib
+import importlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat.kernels import optional_triton
 from nanochat.kernels.launch import describers
 from nanochat.kernels.registry import Cost, Op, operations
 
@@ -105,15 +107,16 @@ def launch_costs() -> Iterator[LaunchCosts]:
 def proton_profile(path: Path) -> Iterator[None]:
     """Within the block, Proton records; at its end it writes `path` with the ending .hatchet.
 
-    Raises  ValueError without a CUDA device.
+    Raises  ValueError without a CUDA device, or without Triton.
     """
     if not torch.cuda.is_available():
         raise ValueError(
             "--proton needs a CUDA device: Proton measures kernels on a GPU; leave it out, "
             "--profile works everywhere"
         )
-    import triton.profiler as proton  # not where Triton is not installed
-
+    if not optional_triton.installed:
+        raise ValueError(f"--proton needs Triton's profiler: {optional_triton.MISSING}")
+    proton = importlib.import_module("triton.profiler")
     path.parent.mkdir(parents=True, exist_ok=True)
     proton.start(str(path), hook="triton")
     try:
