@@ -127,7 +127,7 @@ def bring_back(settings: Settings, runtime: Runtime) -> Path:
     folder = Path(settings.from_hf).expanduser()
     config = huggingface.gpt_config(read_json(folder / "config.json"))
     known = read_json(folder / OURS) if (folder / OURS).exists() else {}
-    tokenizer = tokenizer_json.from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = tokenizer_json.from_json((folder / "tokenizer.json").read_bytes())
     if tokenizer.get_vocab_size() != config.vocab_size:
         raise ValueError(
             f"{folder}: tokenizer.json has {tokenizer.get_vocab_size():,} tokens, config.json "
@@ -142,8 +142,10 @@ def bring_back(settings: Settings, runtime: Runtime) -> Path:
             "--tokenizer_dir, here and wherever the model is used"
         )
     stage = known.get("stage") or stages.of_checkpoint(settings.source, "").name
-    tag = settings.model_tag or known.get("tag") or folder.resolve().name
+    tag = str(settings.model_tag or known.get("tag") or folder.resolve().name)
     step = known.get("step", 0)
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{folder / OURS}: step {step!r} must be an integer of at least 0")
     checkpoint_write.check_tag(tag)
     state = huggingface.from_huggingface(read_weights(folder), config)
     stage_dir = checkpoint_read.stage_dir(runtime.base_dir, stage)
@@ -209,20 +211,28 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
 def appearing(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes `target` at the end, or is deleted after an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary, aside = (
-        target.with_name(f".{target.name}.{os.getpid()}.{what}") for what in ("tmp", "old")
-    )
+    temporary, aside = (target.with_name(f".{target.name}.{x}") for x in ("tmp", "old"))
+    settle(target, temporary, aside)
     temporary.mkdir()
     try:
         yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())  # the rename must not reach the disk before the files
         if target.exists():
             target.rename(aside)
         temporary.rename(target)
     finally:
-        if aside.exists() and not target.exists():
-            aside.rename(target)
-        for leftover in (temporary, aside):
-            shutil.rmtree(leftover, ignore_errors=True)
+        settle(target, temporary, aside)
+
+
+def settle(target: Path, temporary: Path, aside: Path) -> None:
+    """Put back a folder that was moved aside and not replaced; remove what is left over."""
+    if aside.exists() and not target.exists():
+        aside.rename(target)
+    for leftover in (temporary, aside):
+        if leftover.exists():
+            shutil.rmtree(leftover)
 
 
 if __name__ == "__main__":

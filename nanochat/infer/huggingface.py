@@ -146,27 +146,27 @@ def gpt_config(theirs: Mapping[str, Any]) -> GPTConfig:
 
     Raises  ValueError naming what it has and a GPT has not.
     """
-    given = {"model_type": theirs.get("model_type"), "intermediate_size": None} | dict(theirs)
-    lacking = [name for name in SIZES if name != "num_key_value_heads" and name not in given]
+    sizes = dict(theirs)
+    if sizes.get("num_key_value_heads") is None:
+        sizes["num_key_value_heads"] = sizes.get("num_attention_heads")
+    lacking = [name for name in SIZES if sizes.get(name) is None]
     if lacking:
         raise ValueError(
             f"config.json has no {', '.join(lacking)}; it is of no NanoChatForCausalLM"
         )
-    wanted: dict[str, Any] = {"model_type": "nanochat", **FIXED}
-    wanted["intermediate_size"] = 4 * given["hidden_size"]
-    wanted["head_dim"] = given["hidden_size"] // given["num_attention_heads"]
-    rope = given.get("rope_parameters") or {"rope_theta": given.get("rope_theta", ROPE_BASE)}
-    found = {name: given.get(name, value) for name, value in wanted.items()}
-    found |= {"rope_parameters": ROPE | rope, "rope_scaling": given.get("rope_scaling")}
-    wanted |= {"rope_parameters": ROPE, "rope_scaling": None}
-    for name, value in wanted.items():
+    config = GPTConfig(**{ours: sizes[name] for name, ours in SIZES.items()})
+    defaults = {"head_dim": config.head_dim, "rope_scaling": None, **FIXED}
+    wanted = {"model_type": "nanochat", "intermediate_size": 4 * config.n_embd, **defaults}
+    found = {name: theirs.get(name, defaults.get(name)) for name in wanted}
+    # older files have the base of the rotation by itself
+    rope = theirs.get("rope_parameters") or {"rope_theta": theirs.get("rope_theta", ROPE_BASE)}
+    found["rope_parameters"] = ROPE | rope if isinstance(rope, dict) else rope
+    for name, value in (wanted | {"rope_parameters": ROPE}).items():
         if found[name] != value:
             raise ValueError(
                 f"config.json has {name} {found[name]!r}; a GPT can only have {value!r} there"
             )
-    kv_heads = given.get("num_key_value_heads") or given["num_attention_heads"]
-    sizes = given | {"num_key_value_heads": kv_heads}
-    return GPTConfig(**{ours: sizes[name] for name, ours in SIZES.items()})
+    return config
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:

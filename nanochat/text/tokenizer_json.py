@@ -8,7 +8,7 @@ before "abc":
     >>> ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256, b"abc": 257}
     >>> merge_of(b"abc", ranks)
     (b'ab', b'c')
-    >>> ours = TiktokenTokenizer.from_ranks(ranks, r"\S+|\s+")
+    >>> ours = TiktokenTokenizer.from_ranks(ranks, SPLIT_PATTERN)
     >>> theirs = tokenizers.Tokenizer.from_str(to_json(ours))
     >>> theirs.encode("abcab").ids, theirs.encode("abcab", add_special_tokens=False).ids
     ([258, 257, 256], [257, 256])
@@ -28,22 +28,24 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from nanochat.text.chat_format import PART_FRAMES
 from nanochat.text.tokenizer import TiktokenTokenizer, byte_level_alphabet
-from nanochat.text.tokenizer_base import SPECIAL_TOKENS
+from nanochat.text.tokenizer_base import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN
 
 END = "<|assistant_end|>"
-# what tells split patterns, alphabets and merges apart
-PROBE = (
-    "It's   I'LL  12345 x1_y\t\r\n\n d\u00e9j\u00e0-vu \u4f60\u597d\uff0c\u4e16\u754c "
-    "\ud55c\uad6d \u05e9\u05dc \U0001f469\u200d\U0001f680\u00a0\u2028 \u00b2 <|bos|>\x00 end \n"
-)
 
 
 def to_json(tokenizer: TiktokenTokenizer) -> str:
     """The content of tokenizer.json: a text gets <|bos|> in front unless add_special_tokens=False.
 
     Raises  ValueError for a tokenizer whose ids the format does not give: a token that is no merge
-            of two others, one spelled like a special token, a split pattern that is read otherwise.
+            of two others, one spelled like a special token, a byte that is no token, a split
+            pattern other than ours, which is the one that both engines are known to read alike.
     """
+    pattern = tokenizer.encoding._pat_str
+    if pattern != SPLIT_PATTERN:
+        raise ValueError(
+            f"the tokenizer splits text by {pattern!r}; tokenizer.json is known to give the same "
+            f"ids only for {SPLIT_PATTERN!r}"
+        )
     ranks, alphabet = tokenizer.encoding._mergeable_ranks, byte_level_alphabet()
     names = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
     taken = sorted(set(SPECIAL_TOKENS) & {*names.values()})
@@ -52,6 +54,9 @@ def to_json(tokenizer: TiktokenTokenizer) -> str:
             f"the tokenizer learned {taken[0]!r} as text, which tokenizer.json cannot tell from "
             "the special token; train it on text without that name"
         )
+    absent = [byte for byte in range(NUM_BYTES) if bytes([byte]) not in ranks]
+    if absent:
+        raise ValueError(f"the tokenizer has no token for byte {absent[0]}; train another")
     by_rank = sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__)
     merges = [merge_of(token, ranks) for token in by_rank]
     model = models.BPE(
@@ -60,7 +65,7 @@ def to_json(tokenizer: TiktokenTokenizer) -> str:
         ignore_merges=True,  # a piece that is a token is that token: what tiktoken does too
     )
     theirs = tokenizers.Tokenizer(model)
-    split = pre_tokenizers.Split(tokenizers.Regex(tokenizer.encoding._pat_str), "isolated")
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     pieces: Any = theirs  # the stubs of the library lack these setters
     pieces.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
@@ -72,17 +77,10 @@ def to_json(tokenizer: TiktokenTokenizer) -> str:
         pair=f"{bos} $A {bos} $B",
         special_tokens=[(bos, tokenizer.get_bos_token_id())],
     )
-    content = theirs.to_str(pretty=True)
-    theirs.encode_special_tokens = True  # of the check alone: it is no part of the file
-    if theirs.encode(PROBE, add_special_tokens=False).ids != tokenizer.encode(PROBE):
-        raise ValueError(
-            f"tokenizer.json would give other ids: its regular expressions read the split pattern "
-            f"{tokenizer.encoding._pat_str!r} otherwise; train the tokenizer with the usual one"
-        )
-    return content
+    return theirs.to_str(pretty=True)
 
 
-def from_json(content: str) -> TiktokenTokenizer:
+def from_json(content: str | bytes) -> TiktokenTokenizer:
     """The tokenizer of a tokenizer.json that `to_json` could have written.
 
     Raises  ValueError naming what it has and our tokenizers have not.
@@ -91,7 +89,6 @@ def from_json(content: str) -> TiktokenTokenizer:
         stored = json.loads(content)
         vocab = stored["model"]["vocab"]
         special = {token["content"]: token["id"] for token in stored["added_tokens"]}
-        split = stored["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
         to_byte = {char: byte for byte, char in byte_level_alphabet().items()}
         ranks = {
             bytes(to_byte[char] for char in name): rank
@@ -100,7 +97,7 @@ def from_json(content: str) -> TiktokenTokenizer:
         }
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(
-            f"tokenizer.json is no byte-level BPE with a split pattern ({error!r}); use the one "
+            f"tokenizer.json is no byte-level BPE ({error!r}); use the one "
             "that the model was exported with"
         ) from error
     if special != {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}:
@@ -108,7 +105,7 @@ def from_json(content: str) -> TiktokenTokenizer:
             f"tokenizer.json has the special tokens {special}; ours are "
             f"{', '.join(SPECIAL_TOKENS)} as the last ids: it is another conversation format"
         )
-    tokenizer = TiktokenTokenizer.from_ranks(ranks, split)
+    tokenizer = TiktokenTokenizer.from_ranks(ranks, SPLIT_PATTERN)
     wanted = json.loads(to_json(tokenizer))
     # the rest (decoder, post-processor, truncation, padding) has no part in our ids
     differing = [k for k in ("normalizer", "pre_tokenizer", "model") if wanted[k] != stored.get(k)]

@@ -225,6 +225,8 @@ def test_folders_are_replaced_only_when_told(world: SimpleNamespace, tmp_path: P
     with pytest.raises(SystemExit, match=r"2: error: .*--overwrite"):
         export(world.base_dir, *words)
     (tmp_path / "out" / "model.safetensors").write_text("old")
+    for left_by_a_kill in (".out.tmp", ".out.old"):
+        shutil.copytree(tmp_path / "out", tmp_path / left_by_a_kill)
     export(world.base_dir, *words, "--overwrite")
     assert load_file(tmp_path / "out" / "model.safetensors").keys()
     foreign = tmp_path / "foreign"
@@ -289,11 +291,20 @@ HEAD = "lm_head.weight"
         (setting("config.json", rms_norm_eps=1e-5), "rms_norm_eps 1e-05"),
         (setting("config.json", rope_parameters={"rope_theta": 5e5}), "rope_parameters"),
         (setting("config.json", rope_scaling={"type": "yarn"}), "rope_scaling"),
+        (setting("config.json", rope_parameters="yarn"), "rope_parameters 'yarn'"),
+        (setting("config.json", num_attention_heads=0), "n_head = 0"),
+        (setting("config.json", hidden_size="64"), "n_embd = '64'"),
+        (setting("config.json", max_position_embeddings=None), "no max_position_embeddings"),
+        (setting("nanochat.json", step="x"), "step 'x'"),
+        (setting("nanochat.json", tag="../up"), "tag '../up'"),
+        (setting("nanochat.json", stage="none"), "stage 'none'"),
         (setting("config.json", quantization_config={"bits": 4}), "quantization_config"),
         (setting("config.json", vocab_size=341), "340 tokens, config.json 341"),
         (setting("tokenizer.json", normalizer={"type": "NFC"}), "another normalizer"),
         (setting("tokenizer.json", added_tokens=[]), "special tokens {}"),
-        (setting("tokenizer.json", pre_tokenizer=None), "no byte-level BPE"),
+        (setting("tokenizer.json", pre_tokenizer=None), "another pre_tokenizer"),
+        (setting("tokenizer.json", model=[]), "no byte-level BPE"),
+        (lambda f: (f / "tokenizer.json").write_bytes(b"\xff"), "no byte-level BPE"),
         (tensors(lambda w: w.pop(HEAD)), "lack .*lm_head"),
         (tensors(lambda w: w.update(extra=torch.ones(1))), "extra"),
         (tensors(lambda w: w.update({HEAD: w[HEAD][:-1].clone()})), r"\(339, 64\)"),
@@ -344,7 +355,8 @@ BYTES = {bytes([i]): i for i in range(256)}
     [
         (BYTES | {b"abc": 256}, SPLIT_PATTERN, "no merge of two"),
         (BYTES | {b"<|bos|>": 256}, SPLIT_PATTERN, "learned '<|bos|>'"),
-        (BYTES, r"\w+", "other ids"),
+        ({bytes([i]): i for i in range(255)}, SPLIT_PATTERN, "no token for byte 255"),
+        (BYTES, r"\w+", "splits text by"),
     ],
 )  # fmt: skip
 def test_tokenizers_that_the_format_cannot_express(
