@@ -170,6 +170,7 @@ def save(weights: dict[str, Tensor], file: Path) -> None:
         save_file(weights, file, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"cannot write {file}: {error}") from error
+    file.chmod(file.parent.stat().st_mode & 0o666)  # the library leaves it to the owner alone
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -174,11 +174,13 @@ def test_greedy_answers_and_chat(world: SimpleNamespace) -> None:
     assert max(lengths) > 3
 
 
-def test_the_card_has_the_results_of_this_step(world: SimpleNamespace) -> None:
+def test_the_other_files(world: SimpleNamespace) -> None:
+    """The card has the results of this step alone; who may read one file may read all."""
     card = (world.folder / "README.md").read_text(encoding="utf-8")
     assert "| Sums | 0.375 |" in card
     assert "0.125" not in card
     assert "library_name: transformers" in card
+    assert len({file.stat().st_mode for file in world.folder.iterdir()}) == 1
     config = json.loads((world.folder / "generation_config.json").read_text(encoding="utf-8"))
     assert config["eos_token_id"] == list(Engine(world.model, world.tokenizer).stop_tokens)
 
