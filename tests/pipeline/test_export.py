@@ -46,6 +46,7 @@ CONVERSATIONS = (
         {"role": "system", "content": " be brief\n"},
         USER,
         {"role": "assistant", "content": "  ok \n"},
+        USER,
     ],
     [USER, {"role": "assistant", "content": ""}, {"role": "user", "content": "\n{{ 2 }}<b>\n"}],
     [
@@ -83,10 +84,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     meta["tokenizer_fingerprint"] = tokenizer.fingerprint()
     stage_dir = base_dir / "chatsft_checkpoints"
     checkpoint_write.save(stage_dir, "tiny", 7, model.state_dict(), {}, meta, runtime)
-    for step, accuracy in ((5, 0.125), (7, 0.375)):
-        tracker = Tracker(stage_dir / "tiny", runtime, "chat_eval_sft", {})
-        tracker.log("task", step, task="Sums", accuracy=accuracy)
-        tracker.close()
+    tracker = Tracker(stage_dir / "tiny", runtime, "chat_eval_sft", {})
+    for kind, step, accuracy in (("task", 7, 0.375), ("early", 5, 0.125), ("late", 9, 0.625)):
+        tracker.log(kind, step, task="Sums", accuracy=accuracy)
+    tracker.close()
     folder = base_dir / "out"
     assert str(folder) in export(base_dir, "--checkpoint=tiny", f"--output={folder}")
     return SimpleNamespace(
@@ -179,6 +180,7 @@ def test_the_other_files(world: SimpleNamespace) -> None:
     card = (world.folder / "README.md").read_text(encoding="utf-8")
     assert "| Sums | 0.375 |" in card
     assert "0.125" not in card
+    assert "0.625" not in card
     assert "library_name: transformers" in card
     assert len({file.stat().st_mode for file in world.folder.iterdir()}) == 1
     config = json.loads((world.folder / "generation_config.json").read_text(encoding="utf-8"))
