@@ -102,6 +102,18 @@ def collect(base_dir: Path) -> dict[str, list[Record]]:
     return {stage: latest[stage] for stage in order if stage in latest}
 
 
+def results(folder: Path, step: int) -> str:
+    """Tables of the records in a folder: training up to a step, evaluations at it; "" for none."""
+    parts: list[str] = []
+    for stage, records in collect(folder).items():
+        known = [r for r in records if _is_number(r.get("step")) and r["step"] <= step]
+        tables = _result_tables([r for r in known if r["step"] == step])
+        if trained := _series(known, "train"):
+            tables.insert(0, table(["", ""], _training_rows(known, trained)))
+        parts += [f"### {stages.title_of(stage)}", *tables] if tables else []
+    return "\n\n".join(parts)
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; numbers are written as `number` does."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]

@@ -6,6 +6,7 @@
     weights      the model in its compute dtype
     slots        the cache on the device: prefill, scores of a prompt, the next token of every slot
     engine       one token a step for every request, late arrivals, failures that end no others
+    huggingface  weights and configuration as transformers knows them, and back
 
-May import: gpt, text.
+May import: gpt, kernels, text.
 """
