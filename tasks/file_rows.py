@@ -21,6 +21,7 @@ HUB = re.compile(
     r"hub:(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(?:@(?P<revision>[\w.-]+))?"
     r"(?::(?P<folder>[\w./-]+?))?(?::(?P<split>[\w.-]+))?"
 )
+FILE_OF_PROBLEMS = "a file of problems"
 HUB_FORM = "hub:owner/name[@revision][:folder[:split]], such as hub:someone/riddles:data:test"
 Placed = tuple[str, Row]
 
