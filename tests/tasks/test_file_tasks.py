@@ -339,7 +339,7 @@ QUIZ = {"question": "?", "choices": ["x", "y"], "answer": "A"}
         ({k: v for k, v in CODE[0].items() if k != "entry_point"}, "no entry_point among"),
         (
             SUMS[0],
-            "the kind of its answer is answer, of the one in .*:1 it is choice; write files of one kind",
+            "the kind of its answer is answer, of the one in .*:1 it is choice; write files",
         ),
     ],
 )
