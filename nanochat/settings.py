@@ -63,10 +63,14 @@ class Choices:
 
     A function is called when a value is checked, so a table may grow until then.
     separator  of several words in one value; "" allows a single word. None at all is allowed too.
+    also       whether a word outside the table is allowed too, such as the name of a file
+    also_word  what such words are, for messages: "a file of problems"
     """
 
     words: Iterable[str] | Callable[[], Iterable[str]]
     separator: str = ""
+    also: Callable[[str], bool] | None = None
+    also_word: str = ""
 
     def known(self) -> tuple[str, ...]:
         """The words, in the order of their table."""
@@ -80,12 +84,13 @@ class Choices:
         """The words of the value that are not among them."""
         words = str(value).split(self.separator) if self.separator and value else [str(value)]
         allowed = {*self.known(), ""} if self.separator else {*self.known()}
-        return [word for word in words if word not in allowed]
+        also = self.also or (lambda word: False)
+        return [word for word in words if word not in allowed and not also(word)]
 
     @property
     def allowed(self) -> str:
         """The words as a sentence has them: "stream or bestfit"."""
-        *first, last = self.known()
+        *first, last = (*self.known(), *filter(None, [self.also_word]))
         words = f"{', '.join(first)} or {last}" if first else last
         return f"{words}; several between {self.separator}" if self.separator else words
 

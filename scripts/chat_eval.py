@@ -1,7 +1,7 @@
 """Accuracy of a chat model on its tasks, and ChatCORE over all of them.
 
 python -m scripts.chat_eval --checkpoint=chatsft_checkpoints/latest.pt
-torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -i mid -a "GSM8K|SpellingBee"
+torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -i mid -a "GSM8K|my_task.jsonl"
 """
 
 import json
@@ -19,9 +19,12 @@ from nanochat.infer.sampling import SamplingSettings
 from nanochat.serve.chat_model import ChatModel, ChatSettings, load_chat_model
 from nanochat.settings import Choices, Count, CountOrZero, NonNegative, Seed
 from nanochat.tracking import Tracker, write_json
-from tasks.registry import chatcore_baselines, evaluated_names, get_evaluated_task
+from tasks.common import Task
+from tasks.file_rows import FILE_OF_PROBLEMS, names_rows
+from tasks.registry import chatcore_baselines, evaluated_names, get_evaluated_tasks
 
-TaskNames = Annotated[str, Choices(evaluated_names, "|"), tyro.conf.arg(aliases=["-a"])]
+Names = Choices(evaluated_names, "|", names_rows, FILE_OF_PROBLEMS)
+TaskNames = Annotated[str, Names, tyro.conf.arg(aliases=["-a"])]
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,7 @@ class Settings(ChatSettings):
 def main() -> None:
     settings = configurator.load(Settings)
     names = settings.task_name.split("|") if settings.task_name else list(chatcore_baselines())
-    weaker = settings.allow_weaker_sandbox
-    tasks = {name: get_evaluated_task(name, settings.task_data, weaker) for name in names}
+    tasks = get_evaluated_tasks(names, settings.task_data, settings.allow_weaker_sandbox)
     for task in tasks.values():
         task.ready()
     chat = load_chat_model(settings, settings.seed)
@@ -61,7 +63,7 @@ def main() -> None:
     )
     results = Results(runtime.base_dir / "chat_eval", chat, settings)
     for task_name, task in tasks.items():
-        if task_name not in results.tasks:
+        if not results.has(task_name, task):
             started = time.perf_counter()
             if task.eval_type == "categorical":
                 accuracy = evaluate_categorical(
@@ -79,14 +81,16 @@ def main() -> None:
                     settings.max_problems,
                 )
             values = {"accuracy": accuracy.accuracy, **asdict(accuracy), **passed}
+            if task.digest:
+                values["digest"] = task.digest
             results.add(task_name, values | {"seconds": time.perf_counter() - started}, runtime)
         tracker.log("task", meta["step"], task=task_name, **results.tasks[task_name])
         print0(f"{task_name:14} {line(results.tasks[task_name])}")
-    accuracies = {name: results.tasks[name]["accuracy"] for name in names}
+    accuracies = {name: results.tasks[name]["accuracy"] for name in tasks}
     score = chatcore(accuracies, chatcore_baselines())
     if score is not None:
-        tracker.log("chatcore", meta["step"], chatcore=score, tasks=names)
-        print0(f"ChatCORE {score:.4f} over {', '.join(names)}")
+        tracker.log("chatcore", meta["step"], chatcore=score, tasks=list(tasks))
+        print0(f"ChatCORE {score:.4f} over {', '.join(tasks)}")
     tracker.close()
     runtime.close()
 
@@ -118,6 +122,10 @@ class Results:
             saved = json.loads(self.path.read_text(encoding="utf-8"))
             if saved["settings"] == self.key:
                 self.tasks = saved["tasks"]
+
+    def has(self, name: str, task: Task) -> bool:
+        """Whether the task was evaluated, with the problems that its file has now."""
+        return name in self.tasks and self.tasks[name].get("digest", "") == task.digest
 
     def add(self, name: str, values: dict[str, Any], runtime: Any) -> None:
         """Keep one task's result; the file is replaced atomically."""

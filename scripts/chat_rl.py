@@ -33,7 +33,10 @@ from nanochat.train.run import due
 from nanochat.train.session import Session, TrainingSettings, launch
 from nanochat.train.step import train_step
 from tasks.common import Task
-from tasks.registry import get_rewarded_task, rewarded_names
+from tasks.file_rows import FILE_OF_PROBLEMS, names_rows
+from tasks.registry import get_rewarded_task, record_name, rewarded_names
+
+Names = Choices(rewarded_names, also=names_rows, also_word=FILE_OF_PROBLEMS)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Settings(TrainingSettings):
 
     sft_checkpoint: str = ""  # file, folder, tag or step; empty is the newest of the largest model
     source: Annotated[str, Choices(stages.parents_of("chatrl"))] = "chatsft"  # its stage
-    task: Annotated[str, Choices(rewarded_names)] = "GSM8K"  # what to learn
+    task: Annotated[str, Names] = "GSM8K"  # what to learn
     task_data: str = ""  # folder of local task files instead of the Hugging Face Hub
     allow_weaker_sandbox: bool = False  # run answers that are programs without every barrier
     num_iterations: CountOrMinusOne = -1  # optimizer steps; -1 derives them from the next one
@@ -115,7 +118,7 @@ def main() -> None:
             with session.evaluation("evaluation"):
                 scores = sampler.evaluate(test_task)
                 text = " | ".join(f"{name} {score:.4f}" for name, score in scores.items())
-                session.log("eval", f"{settings.task} {text}", split="test", **scores)
+                session.log("eval", f"{record_name(settings.task)} {text}", split="test", **scores)
         if last or session.stopped:
             break
 

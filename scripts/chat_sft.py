@@ -32,7 +32,7 @@ from nanochat.train.session import Session, TrainingSettings, compiled, first_ba
 from nanochat.train.step import train_step
 from tasks.common import Task, TaskMixture
 from tasks.mixtures import MIXTURES, sft_mixture
-from tasks.registry import get_evaluated_task, sft_test_names
+from tasks.registry import get_evaluated_tasks, sft_test_names
 
 PACKINGS = ("padded", "packed")  # of the loader's: those that learn the assistant's side only
 
@@ -72,7 +72,7 @@ def main() -> None:
     val_data = sft_mixture(settings.mixture, "test", settings.task_data)
     tests: dict[str, Task] = {}
     if settings.mixture == "full" and settings.eval_metrics_max_problems > 0:
-        tests = {name: get_evaluated_task(name, settings.task_data) for name in sft_test_names()}
+        tests = get_evaluated_tasks(sft_test_names(), settings.task_data)
     sequence_len = model.config.sequence_len
     scaling.accumulation_steps(
         settings.target_examples_per_step, max(1, settings.device_batch_size), 1, runtime.world_size

@@ -37,6 +37,8 @@ class Task(Sequence[Conversation]):
     evaluation_only = False
     # True: answers are programs, and its class takes allow_weaker_sandbox
     runs_code = False
+    # of everything a verdict depends on, where that is a file of the user's, who may change it
+    digest = ""
 
     def __init__(
         self,

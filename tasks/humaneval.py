@@ -5,7 +5,8 @@ The user's message is the beginning of a program, up to the function's docstring
 repeats it and adds the body. The last lines of both in a sample problem of the same form:
 
     >>> from nanochat.text.chat_format import conversation_text
-    >>> from tasks.humaneval import HumanEval, programs
+    >>> from tasks.humaneval import HumanEval
+    >>> from tasks.programs import programs
     >>> task = HumanEval("test", "tests/tasks/fixtures")
     >>> print("\\n".join(conversation_text(task[0]).splitlines()[8:11]))
         12
@@ -17,7 +18,7 @@ repeats it and adds the body. The last lines of both in a sample problem of the 
     <|assistant_end|>
 
 An answer is right if its code, after what the prompt has before the function, passes the test. The
-two are programs of their own, run apart: `judge` of nanochat/sandbox/execution.py.
+two are programs of their own, run apart (tasks/programs.py).
 
     >>> answer = "Sure:\\n```python\\ndef quadruple(x):\\n    return 2 * double(x)\\n```"
     >>> candidate, test = programs(task[0], answer)
@@ -40,25 +41,16 @@ two are programs of their own, run apart: `judge` of nanochat/sandbox/execution.
     check(quadruple)
 '''
 
-import re
-from collections.abc import Callable
 from pathlib import Path
 
-from nanochat.sandbox.execution import judge, shared_sandbox
 from nanochat.text.chat_format import Conversation
+from tasks.programs import Judge, ProgramTask
 from tasks.registry import TaskEntry
 from tasks.rows import Row
 from tasks.sources import DatasetTask, Source
 
-# an answer that was cut off leaves its block open
-CODE_BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 
-
-# whether a function that a program defines passes a test: (program, test, name of the function)
-Judge = Callable[[str, str, str], bool]
-
-
-class HumanEval(DatasetTask):
+class HumanEval(ProgramTask, DatasetTask):
     """Problems whose answer is right if the tests pass when they are run on its code.
 
     split                 test
@@ -68,7 +60,6 @@ class HumanEval(DatasetTask):
     """
 
     evaluation_only = True
-    runs_code = True
     source = Source(
         repository="openai/openai_humaneval",
         revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
@@ -86,7 +77,7 @@ class HumanEval(DatasetTask):
         **view: int | None,
     ) -> None:
         self.allow_weaker_sandbox = allow_weaker_sandbox
-        self.judge = judge or self.judge_in_sandbox
+        self.judge = judge
         super().__init__(split, task_data, **view)
 
     def conversation(self, row: Row) -> Conversation:
@@ -98,34 +89,6 @@ class HumanEval(DatasetTask):
             "entry_point": row["entry_point"],
             "test": row["test"],
         }
-
-    def ready(self) -> None:
-        if self.judge == self.judge_in_sandbox:
-            shared_sandbox(self.allow_weaker_sandbox).ready()
-
-    def judge_in_sandbox(self, candidate: str, test: str, function: str) -> bool:
-        """Whether the candidate passes. Raises ValueError where a barrier is missing."""
-        weaker = self.allow_weaker_sandbox
-        return judge(candidate, test, function, allow_weaker_sandbox=weaker).success
-
-    def evaluate(self, conversation: Conversation, answer: str) -> bool:
-        return self.judge(*programs(conversation, answer), conversation["entry_point"])
-
-
-def programs(conversation: Conversation, answer: str) -> tuple[str, str]:
-    """The answer's program, which defines the function, and the test's, which calls it."""
-    prompt, function = conversation["messages"][0]["content"], conversation["entry_point"]
-    # answers often leave out the imports and helpers that the prompt has before the function, and
-    # tests use them too
-    preamble = prompt.partition(f"def {function}(")[0]
-    candidate = "\n\n".join([preamble, extract_code(answer)])
-    return candidate, "\n\n".join([preamble, conversation["test"], f"check({function})"])
-
-
-def extract_code(answer: str) -> str:
-    """The first fenced block of an answer; the whole answer if there is none."""
-    match = CODE_BLOCK.search(answer)
-    return match[1] if match else answer
 
 
 TASKS = (TaskEntry("HumanEval", HumanEval, source=HumanEval.source, in_chatcore=True),)

@@ -21,7 +21,10 @@ class Rows(Protocol):
 
 
 class ParquetRows:
-    """Rows of parquet files. They stay in Arrow's memory; a dict is made when a row is accessed."""
+    """Rows of parquet files. They stay in Arrow's memory; a dict is made when a row is accessed.
+
+    columns  which are read; none named are all
+    """
 
     def __init__(self, paths: Sequence[Path], columns: Sequence[str]) -> None:
         tables = []
@@ -30,7 +33,7 @@ class ParquetRows:
                 names = pq.read_schema(path).names
                 if missing := set(columns) - set(names):
                     raise ValueError(f"no column {', '.join(sorted(missing))} among {names}")
-                tables.append(pq.read_table(path, columns=list(columns)))
+                tables.append(pq.read_table(path, columns=list(columns) or None))
             except (ValueError, OSError, pa.ArrowException) as error:
                 raise ValueError(f"{path}: {error}; delete it and fetch it again") from error
         self.table = pa.concat_tables(tables)

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from nanochat.text.tokenizer import RustBPETokenizer
+from tests.support.documented import documented_commands, documented_files
 from tests.support.runs import rank_of, run_here, torchrun, training_losses
 
 pytestmark = pytest.mark.long
@@ -348,3 +349,28 @@ def test_a_checkpoint_of_another_stage_is_refused(mid: World) -> None:
     wrong = f"--mid_checkpoint={mid.base_dir / 'base_checkpoints' / 'd2' / '000006'}"
     output = mid.run("chat_sft", *SFT, wrong, "--model_tag=wrong", code=2)
     assert "is of stage base, not mid" in output
+
+
+def test_documented_tasks_without_code(rl: World, tmp_path: Path) -> None:
+    """The commands of docs/adding_a_task.md, with the files that it shows, as short as can be."""
+    documented_files(tmp_path)
+    commands = documented_commands()
+    assert len(commands) == 6
+    model = "--checkpoint=chatsft_checkpoints/latest.pt"
+    for command in commands:
+        command = re.sub(r"([\w]+\.(?:jsonl|json|csv))", rf"{tmp_path}/\1", command)
+        if "chat_rl" in command:
+            few = ("--sft_checkpoint=chatsft_checkpoints/d2/latest.pt", "--model_tag=own")
+            run_here(rl.base_dir, command, *COMMON, *RL[1:], "--num_iterations=1", *few)
+        else:
+            said = run_here(rl.base_dir, command, model, "--device=cpu", "-m", "4")
+            names = re.findall(r"([\w]+)\.(?:jsonl|json|csv)", command)
+            assert re.findall(r"^(\w+) +accuracy", said, re.M) == names
+    # a file that changed is evaluated again
+    (result,) = (rl.base_dir / "chat_eval").glob("*sft_d2*.json")
+    before = json.loads(result.read_text())["tasks"]["my_task"]
+    (tmp_path / "my_task.jsonl").write_text('{"question": "1?", "answer": 1}')
+    words = f"-a {tmp_path}/my_task.jsonl {model} --device=cpu -m 4"
+    assert "of 1, 0 too long" in run_here(rl.base_dir, f"python -m scripts.chat_eval {words}")
+    after = json.loads(result.read_text())["tasks"]["my_task"]
+    assert (before["num_problems"], after["num_problems"]) == (3, 1)

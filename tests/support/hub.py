@@ -18,9 +18,11 @@ def serving(server: Server) -> Iterator[Server]:
     with server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 class Hub(http.server.ThreadingHTTPServer):

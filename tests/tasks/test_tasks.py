@@ -29,9 +29,10 @@ from tasks.common import (
 )
 from tasks.customjson import IDENTITY, CustomJSON, check_messages, identity
 from tasks.gsm8k import GSM8K, solution_parts
-from tasks.humaneval import HumanEval, extract_code
+from tasks.humaneval import HumanEval
 from tasks.mixtures import mid_mixture, sft_mixture
 from tasks.mmlu import MMLU
+from tasks.programs import extract_code
 from tasks.registry import evaluated_names, get_evaluated_task, get_task
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee, load_words
