@@ -356,7 +356,7 @@ def test_documented_tasks_without_code(rl: World, tmp_path: Path) -> None:
     documented_files(tmp_path)
     commands = documented_commands()
     assert len(commands) == 6
-    model = "--checkpoint=chatsft_checkpoints/latest.pt"
+    model = "--checkpoint=chatsft_checkpoints/d2/latest.pt"
     for command in commands:
         command = re.sub(r"([\w]+\.(?:jsonl|json|csv))", rf"{tmp_path}/\1", command)
         if "chat_rl" in command:
