@@ -28,7 +28,7 @@ class MisfitError(ValueError):
 
 @functools.cache
 def _constant(value: float, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-    """A tensor that a library asks for, and that would be made anew in every call."""
+    """A tensor that a library asks for, and that would otherwise be made again in every call."""
     return torch.full(shape, value, dtype=dtype, device=device)
 
 

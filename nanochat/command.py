@@ -1,4 +1,4 @@
-"""How a command ends that cannot go on: one line on stderr, and an exit code that says why.
+"""How a command ends that cannot continue: one line on stderr, and an exit code that says why.
 
     2  called wrongly: the line says what was given, what is allowed and what to do
     1  called rightly, but the run failed: the line says what happened, what is safe and what to do
@@ -22,12 +22,12 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent.parent
 USAGE = 2  # exit code of a command that was called wrongly
-FAILED = 1  # of one that began and could not go on
+FAILED = 1  # of one that began and could not continue
 OTHER_RANKS_WAIT = 5.0  # seconds; torchrun ends them sooner if rank 0 left for the same reason
 
 
 class RunFailedError(Exception):
-    """A run that was started rightly cannot go on: diverged, out of memory, a rank lost."""
+    """A run that was started rightly cannot continue: diverged, out of memory, a rank lost."""
 
 
 def run(main: Callable[[], object]) -> None:

@@ -107,7 +107,7 @@ def converse(conversation: Conversation, as_json: bool) -> int:
                 answer_and_print(conversation, text, as_json)
         except Leave:
             break
-        except (ValueError, OSError) as error:  # the user's mistake: say it, and go on
+        except (ValueError, OSError) as error:  # the user's mistake: say it, and continue
             say(f"error: {error}")
         except RuntimeError as error:
             say(f"error: {error}")

@@ -62,7 +62,7 @@ def test_the_second_learns_of_the_first_and_the_dead_hold_nothing(
     [
         ({"host": "elsewhere", "boot": "another"}, False),
         ({"host": "elsewhere"}, True),  # a container of this machine, whose locks are seen here
-        ({"boot": "another"}, True),  # this machine before it was started anew
+        ({"boot": "another"}, True),  # this machine before it was restarted
     ],
 )
 def test_an_owner_on_another_machine_is_left_to_a_person(

@@ -253,7 +253,7 @@ class Engine:
             try:
                 if slot.tools:
                     slot.tools.see(scored.token)
-            except Exception as error:  # of one call: the other requests go on
+            except Exception as error:  # of one call: the other requests continue
                 self._end([handle].__contains__, "error", f"{type(error).__name__}: {error}")
                 continue
             reason = ""

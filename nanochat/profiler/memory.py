@@ -8,7 +8,7 @@ is freed, so a GPU's own figure (`torch.cuda.max_memory_allocated`) is larger. O
 operations allocate what they would on a GPU of `architecture` (not measured there: see `AsOnGPU`).
 
     weights        parameters and buffers
-    weight copies  parameters in the compute dtype, made anew for every micro-batch
+    weight copies  parameters in the compute dtype, made again for every micro-batch
     gradients      of the parameters
     optimizer      its state
     activations    what the forward pass keeps for the backward pass; a view of a weight is none

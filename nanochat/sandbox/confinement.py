@@ -94,7 +94,7 @@ def new_user_namespace() -> bool:
     Returns whether the namespace has a second user, NOBODY, for programs: only root may map two.
     """
     uid, gid = os.geteuid(), os.getegid()
-    # the maps of two users are written from outside, by a child that stays behind
+    # the maps of two users are written from outside, by a child that stays outside
     waiting, go = os.pipe()
     helper = os.fork()
     if helper == 0:

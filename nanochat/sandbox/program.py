@@ -160,7 +160,7 @@ def _tester(source: bytes, path: str, function: str) -> int:
 
     candidate.__name__ = candidate.__qualname__ = function
     _execute(source, path, {function: candidate})
-    if gone:  # a bare `except:` went on without an answer
+    if gone:  # a bare `except:` continued without an answer
         raise gone[0]
     if not _finalize():
         os.write(REPORT, FINISHED)

@@ -290,7 +290,7 @@ def from_table(machine: str) -> bytes:
 
 
 def _comparison(condition: Condition) -> list[Instruction]:
-    """Allow if the condition holds, otherwise go on behind it; a word is half an argument."""
+    """Allow if the condition holds, otherwise continue after it; a word is half an argument."""
     steps: list[Instruction] = [(RETURN, 0, 0, ALLOW)]
     for half in (1, 0):  # little-endian: the upper half comes second
         mask = condition.mask >> 32 * half & LOW

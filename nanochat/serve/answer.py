@@ -125,7 +125,7 @@ class Piece(NamedTuple):
 class AnswerPieces:
     """Tokens in, pieces out.
 
-    raw  a document that goes on, not a message: nothing in it calls the tool, and every token is
+    raw  a document to be continued, not a message: nothing in it calls the tool, and every token is
          reported, also the one that stops it.
     """
 

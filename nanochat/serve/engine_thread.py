@@ -64,7 +64,7 @@ class EngineThread(threading.Thread):
             try:
                 while not self.stopping.is_set() and self._step():
                     pass
-            except Exception as error:  # the engine has ended what it concerns; the rest goes on
+            except Exception as error:  # the engine has ended what it concerns; the rest continues
                 logger.exception("a step of the engine failed")
                 self._failed(f"{type(error).__name__}: {error}")
 

@@ -2,7 +2,7 @@
 
 One process serves from where it is started. Several share one listening socket, each with a model
 and an engine of its own on a GPU of its own; whichever is free accepts a connection. The process
-that started them only watches: one that dies is started again, and the others go on.
+that started them only watches: one that dies is started again, and the others continue.
 """
 
 import contextlib

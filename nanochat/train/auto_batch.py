@@ -105,7 +105,7 @@ def tried(run: Run, batch: int, trained: torch.nn.Module, runtime: Runtime) -> i
         return batch
     accumulated = run.with_batch(smaller[-1]).micro_batches
     print0(
-        f"device_batch_size=auto: {batch} ran out of memory; going on with {smaller[-1]} and "
+        f"device_batch_size=auto: {batch} ran out of memory; continuing with {smaller[-1]} and "
         f"{accumulated} micro-batches a step"
     )
     return smaller[-1]

@@ -216,7 +216,7 @@ class Session:
     @contextmanager
     def evaluation(self, name: str) -> Iterator[None]:
         """Around what only looks at the model: a signal leaves it and sets `stopped`; where memory
-        runs out, the evaluation is left out and training goes on.
+        runs out, the evaluation is left out and training continues.
 
         The ranks have to agree, as those of Runtime.sum_over_ranks do.
         """
@@ -246,7 +246,7 @@ class Session:
     ) -> None:
         """Record one optimizer step, print its line, and count it.
 
-        A skipped step counts too: its batch is used up, and the schedule goes on.
+        A skipped step counts too: its batch is used up, and the schedule continues.
         begun  time.perf_counter() before its first batch.
         note   further text of the console line; more are further values of the record.
         Raises  RunFailedError after settings.max_skipped_steps skipped steps in a row.

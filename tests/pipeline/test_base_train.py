@@ -316,7 +316,7 @@ def test_with_a_token_cache_any_number_of_ranks_sees_the_same_batches(world: Wor
 def test_a_second_run_of_a_tag_is_refused_and_spoils_nothing(world: World) -> None:
     world.run("--model_tag=twice", "--num_iterations=3")
     left = {path: path.read_bytes() for path in world.folder("twice").rglob("*.*")}
-    with OwnedLock(world.folder("twice") / ".run", "of a run that goes on"):
+    with OwnedLock(world.folder("twice") / ".run", "of a run that continues"):
         message = refusal(
             world, *SMALL, f"--data_dir={world.base_dir / 'text'}", "--model_tag=twice"
         )

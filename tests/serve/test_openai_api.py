@@ -51,7 +51,7 @@ def nothing_is_left(engine: Engine) -> Iterator[None]:
         if idle(engine):
             return
         time.sleep(0.01)
-    raise AssertionError("a request goes on after its answer")
+    raise AssertionError("a request continues after its answer")
 
 
 def answer(engine: Engine, max_tokens: int = 12, **options: Any) -> tuple[str, Any]:

@@ -71,7 +71,7 @@ def test_memory_that_runs_out_is_met_once(corpus: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(GPT, "forward", small)
     said = train(corpus, "--device_batch_size=auto", tag="small")
-    assert "8 ran out of memory; going on with 4 and 2 micro-batches a step" in said
+    assert "8 ran out of memory; continuing with 4 and 2 micro-batches a step" in said
     (plan,) = records(corpus / "base_checkpoints" / "small", "plan")
     assert (plan["device_batch_size"], plan["accumulation_steps"]) == (4, 2)
     assert plan["total_batch_size"] == TOKENS

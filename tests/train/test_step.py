@@ -136,7 +136,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert not result.finite
     assert len(calls) == 3
     assert same(snapshot(model, optimizers), before)
-    # and leaves nothing behind: the next step is the one there would have been
+    # and leaves nothing changed: the next step is the one there would have been
     for _ in range(2):
         assert train_step(model, optimizers, parts, runtime).finite
         train_step(*untroubled, parts, runtime)
