@@ -5,6 +5,7 @@ bytes, as OpenAI does: "bytes:\\xe2\\x98".
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ class TokenNames:
         return text + held.decode(errors="replace"), offsets
 
 
-class Shape:
+class Shape(ABC):
     """Collects the pieces of every choice; says how they look in chunks and as a whole."""
 
     object: str
@@ -79,18 +80,21 @@ class Shape:
             chunks.append(self._end(index, piece.finish_reason))
         return chunks
 
+    @abstractmethod
     def whole(self, index: int) -> dict[str, Any]:
         """The choice, once its last piece has been added."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _begin(self, index: int, prompt: Sequence[ScoredToken]) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        """The chunks before the first text of a choice."""
 
+    @abstractmethod
     def _chunk(self, index: int, text: str, tokens: Sequence[PlacedToken]) -> dict[str, Any]:
-        raise NotImplementedError
+        """A piece of text as a chunk."""
 
+    @abstractmethod
     def _end(self, index: int, reason: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """The last chunk of a choice."""
 
 
 class ChatShape(Shape):
