@@ -57,6 +57,19 @@ def half_below(x, softcap):
 
 
 @triton.jit
+def target_of(row, logits_ptr, targets_ptr, V):
+    """The target of a row, whether it is in the vocabulary, and its logit.
+
+    Read before the row is overwritten: the sum over the row is a barrier between the two. A target
+    outside the vocabulary becomes NaN, where reading past the row would return any number.
+    """
+    target = tl.load(targets_ptr + row)
+    known = (target >= 0) & (target < V)
+    at_target = tl.load(logits_ptr + target, mask=known, other=float("nan")).to(tl.float32)
+    return target, known, at_target
+
+
+@triton.jit
 def loss_kernel(
     logits_ptr, targets_ptr, scales_ptr, losses_ptr, softcap, z_loss, row_stride, ignored,
     V: tl.constexpr, PADDED: tl.constexpr,
@@ -66,12 +79,8 @@ def loss_kernel(
     # one program takes one row: 65,536 logits in 8 blocks of 8192
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
-    target = tl.load(targets_ptr + row)
+    target, _known, at_target = target_of(row, logits_ptr, targets_ptr, V)  # pyright: ignore[reportGeneralTypeIssues]
     valid = target != ignored
-    # Read before the row is overwritten: the sum below is a barrier between the two. A target
-    # outside the vocabulary becomes NaN, where reading past the row would return any number.
-    known = (target >= 0) & (target < V)
-    at_target = tl.load(logits_ptr + target, mask=known, other=float("nan")).to(tl.float32)
     # first pass: the sum of exp(z - softcap). Every lane keeps its own sum until the end.
     exponent = -2.0 * LOG2_E * softcap
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -134,10 +143,8 @@ def row_kernel(
     """Loss of one row of bfloat16 logits, which becomes its dlogits, times its scale."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
-    target = tl.load(targets_ptr + row)
+    target, known, at_target = target_of(row, logits_ptr, targets_ptr, V)  # pyright: ignore[reportGeneralTypeIssues]
     valid = target != ignored
-    known = (target >= 0) & (target < V)
-    at_target = tl.load(logits_ptr + target, mask=known, other=float("nan")).to(tl.float32)
     # All of the row at once, two blocks a turn: one lends the low halves of the registers that are
     # kept, the other the high ones. The loop is unrolled, so only the last blocks need masks.
     column = tl.arange(0, BLOCK)
